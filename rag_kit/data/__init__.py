@@ -1,0 +1,1 @@
+"""Documents and questions in: loaders, chunker, question sets, the sample handbook."""

@@ -1,0 +1,1 @@
+"""What people and programs touch: thin, without logic that a notebook could not call."""

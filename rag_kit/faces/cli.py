@@ -1,0 +1,120 @@
+"""`rag-kit`: every capability as a command. Parses, calls, prints; errors become two sentences.
+
+Each command starts with `settings.start`, so that network, language and logging hold before any library
+is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rag_kit.errors import RagKitError, message
+from rag_kit.faces import commands
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 1 (a check failed), 2 (a mistake), 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console may not speak Chinese by default
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.handler is None:
+        parser.print_help()
+        return 0
+    handler: Handler = arguments.handler
+    try:
+        return handler(arguments)
+    except RagKitError as error:
+        print(f"{message('cli_error')} {error.message}\n{error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{message('cli_interrupted')}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rag-kit … | head`
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command; imports nothing heavy."""
+    parser = argparse.ArgumentParser(prog="rag-kit", description="Is my LoRA worth it?")
+    parser.set_defaults(handler=None)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, handler: Handler, text: str, parent: object = None) -> argparse.ArgumentParser:
+        group = subparsers if parent is None else parent
+        made = group.add_parser(name, help=text, description=text)  # type: ignore[attr-defined]
+        made.set_defaults(handler=handler)
+        return made  # type: ignore[no-any-return]
+
+    command("setup", commands.setup, "prepare the embedded models (once)")
+    run = command("run", commands.run, "the main job: execute notebooks 01-03 and print the table")
+    run.add_argument("notebooks", nargs="*", help="numbers or names, such as 03 (default: 01 02 03)")
+    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE")
+    test = command("test", commands.test, "the tests, then the notebooks against their committed outputs")
+    test.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
+    command("refresh-notebooks", commands.refresh_notebooks, "execute the notebooks and keep their outputs")
+    command("config", commands.config, "every setting, its value and where it came from")
+
+    index = subparsers.add_parser("index", help="build, list, verify and search indexes")
+    index.set_defaults(handler=None)
+    actions = index.add_subparsers(metavar="ACTION", required=True)
+    build = command("build", commands.index_build, "build an index from a file or folder", actions)
+    build.add_argument("documents", type=Path, nargs="?", help="default: the sample handbook")
+    build.add_argument("--name", help="folder below VECTOR_STORE_PATH (default: the documents' name)")
+    command("list", commands.index_list, "the indexes at hand", actions)
+    verify = command("verify", commands.index_verify, "check an index's files against their hashes", actions)
+    verify.add_argument("--name")
+    search = command("search", commands.index_search, "the best chunks for a question", actions)
+    search.add_argument("question")
+    search.add_argument("--name")
+    search.add_argument("--top_k", "--top-k", type=int, default=4)
+
+    adapters = subparsers.add_parser("adapters", help="list adapters, take in those made elsewhere")
+    adapters.set_defaults(handler=None)
+    actions = adapters.add_subparsers(metavar="ACTION", required=True)
+    command("list", commands.adapters_list, "the adapters in LORA_MODEL_PATH", actions)
+    add = command("add", commands.adapters_add, "take in an adapter made elsewhere", actions)
+    add.add_argument("folder", type=Path)
+    add.add_argument("--base", help="the base it was trained on (default: BASE_MODEL_NAME)")
+    add.add_argument("--name", help="its name here (default: the folder's)")
+
+    finetune = command("finetune", commands.finetune, "train a LoRA adapter")
+    from rag_kit.finetune.arguments import add_arguments
+
+    add_arguments(finetune)
+
+    ask = command("ask", commands.ask, "answer a question from the index, with sources")
+    ask.add_argument("question")
+    ask.add_argument("--model", help="a model reference: base, lora, lora:NAME, ollama:MODEL, …")
+    ask.add_argument("--use_lora", "--use-lora", choices=("true", "false"), help="false means OLLAMA_MODEL")
+    ask.add_argument("--top_k", "--top-k", type=int, default=4, help="passages; 0 asks without sources")
+
+    compare = command("compare", commands.compare, "put arms side by side over a question set")
+    compare.add_argument(
+        "--arms",
+        nargs="+",
+        default=["base+none", "base+retrieved", "lora+none", "lora+retrieved"],
+        help="MODEL+CONTEXT, such as lora:NAME+retrieved or ollama:qwen3:4b+none",
+    )
+    compare.add_argument(
+        "--questions", type=Path, help=".jsonl, .json (SQuAD), .csv, .xlsx (default: sample)"
+    )
+    compare.add_argument("--documents", type=Path, help="what to index (default: the questions' own)")
+    compare.add_argument("--split", default="test", help="train, test, paraphrase or all")
+    compare.add_argument("--language", choices=("en", "zh"))
+    compare.add_argument("--limit", type=int, help="so many questions, drawn with seed 0")
+    compare.add_argument("--top_k", "--top-k", type=int, default=4)
+    compare.add_argument("--max_new_tokens", "--max-new-tokens", type=int)
+    compare.add_argument("--run", dest="run_name", help="folder below runs/; named again, it resumes")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,233 @@
+"""What each command does: settings first, one call into a room, the result printed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rag_kit.errors import DataError, message
+from rag_kit.settings import Settings, describe, start
+
+
+def setup(_arguments: Namespace) -> int:
+    """Prepare what the profile needs and cannot do without: the embedded models."""
+    from rag_kit import embedded
+
+    settings = start()
+    began = time.perf_counter()
+    for prepare in (embedded.base_folder, embedded.embedder_folder):
+        folder = prepare(settings.cache_dir, progress=print)
+        print(message("cli_ready", folder=folder))
+    print(message("cli_setup_done", seconds=time.perf_counter() - began))
+    return 0
+
+
+def run(arguments: Namespace) -> int:
+    """Execute notebooks with papermill and print the comparison and where everything lies."""
+    from rag_kit.compare.comparison import Comparison
+    from rag_kit.ops.notebooks import declared_parameters, find_notebooks, new_run_folder, run_notebook
+
+    settings = start()
+    given = dict(_parameter(text) for text in arguments.parameters)
+    notebooks = find_notebooks(settings, arguments.notebooks)
+    declared = {path: declared_parameters(path) for path in notebooks}
+    unknown = given.keys() - {name for names in declared.values() for name in names}
+    if unknown:
+        known = ", ".join(sorted({name for names in declared.values() for name in names}))
+        raise DataError("parameter_unknown", name=", ".join(sorted(unknown)), known=known)
+    folder = new_run_folder(settings)
+    for number, path in enumerate(notebooks, 1):
+        print(message("cli_running", number=number, total=len(notebooks), name=path.stem), flush=True)
+        own = {"run_folder": str(folder / path.stem)} | given
+        seconds = run_notebook(path, folder, {k: v for k, v in own.items() if k in declared[path]})
+        print(message("cli_took", seconds=seconds), flush=True)
+    for manifest in sorted(folder.glob("*/manifest.json")):
+        print(f"\n{Comparison.load(manifest.parent)}")
+    print()
+    for name, place in (
+        ("notebooks", folder),
+        ("adapters", settings.lora_model_path),
+        ("indexes", settings.vector_store_path),
+    ):
+        print(message(f"cli_{name}_lie", folder=place))
+    return 0
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise DataError("parameter_form", text=text)
+    return name.strip(), yaml.safe_load(value)
+
+
+def test(arguments: Namespace) -> int:
+    """Run the tests, then every notebook against its committed outputs; return pytest's status."""
+    from rag_kit.ops.notebooks import own_places
+
+    settings = start()
+    environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
+    environment |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONUTF8": "0"}
+    pytest = [sys.executable, "-m", "pytest"]
+    status = subprocess.call([*pytest, *arguments.arguments], cwd=settings.root, env=environment)
+    if status or arguments.arguments:
+        return status
+    with own_places() as places:
+        environment |= {name: places[name] for name in (*places.keys() - os.environ.keys(), "RAG_KIT_LANG")}
+        nbval = ["--nbval", "--nbval-current-env", "-p", "no:asyncio", "notebooks"]
+        return subprocess.call([*pytest, *nbval], cwd=settings.root, env=environment)
+
+
+def refresh_notebooks(_arguments: Namespace) -> int:
+    """Execute every numbered notebook and keep its outputs."""
+    from rag_kit.ops.notebooks import find_notebooks, refresh
+
+    refresh(find_notebooks(start()), print)
+    return 0
+
+
+def config(_arguments: Namespace) -> int:
+    """Print each setting, its value and its origin; secrets are redacted."""
+    settings = start()
+    _table(describe(settings), "variable", "value", "origin", "meaning")
+    print(message("cli_root", folder=settings.root))
+    return 0
+
+
+def index_build(arguments: Namespace) -> int:
+    """Build an index from documents."""
+    from rag_kit.data.loaders import load_documents, sample_handbook
+    from rag_kit.index.embeddings import load_embeddings
+    from rag_kit.index.store import build_index
+
+    settings = start()
+    source = arguments.documents or sample_handbook()
+    documents = load_documents(source)
+    folder = settings.vector_store_path / (arguments.name or source.resolve().stem)
+    store = build_index(documents, folder, load_embeddings(settings=settings))
+    print(message("cli_indexed", documents=len(documents), chunks=len(store), folder=folder))
+    return 0
+
+
+def index_list(_arguments: Namespace) -> int:
+    """Print the indexes at hand."""
+    from rag_kit.index.store import list_indexes
+
+    for folder in list_indexes(start().vector_store_path):
+        print(folder.name)
+    return 0
+
+
+def index_verify(arguments: Namespace) -> int:
+    """Check every file of an index against its hash."""
+    from rag_kit.index.store import find_index, verify
+
+    folder = find_index(start(), arguments.name)
+    verify(folder)
+    print(message("cli_verified", folder=folder))
+    return 0
+
+
+def index_search(arguments: Namespace) -> int:
+    """Print the best chunks for a question."""
+    from rag_kit.index.store import open_store
+
+    for hit in open_store(start(), arguments.name).search(arguments.question, arguments.top_k):
+        place = f"{hit.document.metadata['source']}:{hit.document.metadata['start']}"
+        print(f"[{hit.rank}] {hit.score:.3f} {place}\n{hit.document.page_content}\n")
+    return 0
+
+
+def adapters_list(_arguments: Namespace) -> int:
+    """Print the adapters with what they were trained on."""
+    from rag_kit.models.adapters import find_adapters
+
+    settings = start()
+    adapters = find_adapters(settings.lora_model_path).values()
+    unknown = message("cli_unknown")
+    rows = []
+    for adapter in adapters:
+        recipe = adapter.recipe or {}
+        base = (recipe.get("base") or {}).get("name") or adapter.config.get("base_model_name_or_path")
+        data = (recipe.get("data") or {}).get("name") or unknown
+        rows.append(
+            (adapter.name, base or unknown, data, adapter.config.get("r"), recipe.get("created") or unknown)
+        )
+    _table(rows, "adapter", "base", "data", "rank", "created")
+    return 0
+
+
+def adapters_add(arguments: Namespace) -> int:
+    """Take in an adapter made elsewhere."""
+    from rag_kit.models.adapters import add_adapter
+    from rag_kit.models.base import resolve_base
+
+    settings = start()
+    base = resolve_base(arguments.base or settings.base_model_name, settings)
+    adapter = add_adapter(arguments.folder, base, settings, arguments.name)
+    print(message("cli_adapter_added", name=adapter.name, folder=adapter.folder))
+    return 0
+
+
+def finetune(arguments: Namespace) -> int:
+    """Train a LoRA adapter with the guide's flags."""
+    from rag_kit.finetune.arguments import from_arguments
+
+    from_arguments(arguments)
+    return 0
+
+
+def ask(arguments: Namespace) -> int:
+    """Print the answer as it is generated, then its sources and what was degraded."""
+    from rag_kit.rag import LoRARAGHandler
+
+    handler = LoRARAGHandler(start())
+    if arguments.use_lora is not None:
+        handler.switch_model(use_lora=arguments.use_lora == "true")
+    last: Any = None
+    for piece in handler.stream(arguments.question, model=arguments.model, top_k=arguments.top_k):
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+        last = piece
+    print(f"\n\n{last.evidence()}")
+    return 0
+
+
+def compare(arguments: Namespace) -> int:
+    """Put arms side by side over a question set and print table and verdicts."""
+    from dataclasses import replace
+
+    from rag_kit.compare.compare import compare as run_comparison
+    from rag_kit.data.sets import pick, question_set
+    from rag_kit.index.embeddings import load_embeddings
+    from rag_kit.index.store import ensure_index
+    from rag_kit.models.options import GenerationOptions
+    from rag_kit.ops.notebooks import new_run_folder
+
+    settings = start()
+    questions, documents, name = question_set(arguments.questions, arguments.documents)
+    chosen = pick(questions, split=arguments.split, language=arguments.language, limit=arguments.limit)
+    store = None
+    if any(not arm.endswith("+none") for arm in arguments.arms):
+        store = ensure_index(documents, settings.vector_store_path / name, load_embeddings(settings=settings))
+    options = GenerationOptions.from_settings(settings).greedy()
+    if arguments.max_new_tokens:
+        options = replace(options, max_new_tokens=arguments.max_new_tokens)
+    folder = new_run_folder(settings, arguments.run_name)
+    how = {"store": store, "top_k": arguments.top_k, "options": options, "settings": settings}
+    result = run_comparison(arguments.arms, chosen, run_folder=folder, **how)
+    print(result)
+    print(message("cli_run_lies", folder=folder))
+    return 0
+
+
+def _table(rows: Iterable[Sequence[object]], *headings: str) -> None:
+    from tabulate import tabulate
+
+    print(tabulate(rows, [message(f"cli_column_{name}") for name in headings], disable_numparse=True))

@@ -1,0 +1,248 @@
+"""The transformers engine: one base in memory, any number of adapters, one step at a time.
+
+Knows token ids and adapters; knows nothing of chat, prompts or text. Every step takes a lock and sets
+the adapter of its request, so that concurrent requests for different adapters never mix.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_kit.errors import ModelError
+from rag_kit.models.device import Device
+from rag_kit.models.options import GenerationOptions
+from rag_kit.models.render import end_ids
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE = (
+    "The quick brown fox asks: what is your name, and how long does a repair take? 你好，请介绍一下你自己。"
+)
+
+
+@dataclass
+class Generation:
+    """What one request's generation came to.
+
+    `finish_reason` is `stop`, `length`, `timeout` (after `timeout` seconds) or `cancelled`.
+    """
+
+    timeout: float | None = None
+    finish_reason: str = "cancelled"
+    output_tokens: int = 0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class TransformersEngine:
+    """A causal language model of transformers with PEFT adapters.
+
+    `folder` is a Hugging Face model folder; `load_s` is the seconds that loading took.
+    """
+
+    def __init__(self, folder: Path, device: Device) -> None:
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers.utils.logging import disable_progress_bar
+
+        start = time.perf_counter()
+        disable_progress_bar()  # seconds at most; a bar in every notebook would be noise
+        self.folder, self.device = folder, device
+        self.lock = threading.RLock()
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=device.torch_dtype,
+                quantization_config=_quantization(device),
+                device_map=device.name if device.quantization else None,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError("base_unreadable", path=folder, reason=_first_line(error)) from error
+        if device.quantization is None:  # quantised weights are placed as they are loaded
+            self._model.to(device.name)
+        self._model.eval().requires_grad_(False)
+        # The base's own sampling values are shown, never applied behind the options' back.
+        self.own_generation_config: dict[str, Any] = self._model.generation_config.to_diff_dict()
+        self.end_ids = end_ids(self.tokenizer, self._model.generation_config)
+        self._model.generation_config = GenerationConfig()
+        self.context_length = int(self._model.config.max_position_embeddings)
+        self.adapters: dict[str, Path] = {}
+        self._torch = torch
+        self.load_s = time.perf_counter() - start
+
+    @property
+    def dtype(self) -> str:
+        """The number type of the weights in memory, `int8` where they are quantised."""
+        return self.device.quantization or self.device.dtype
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of all weights in memory, adapters included."""
+        return int(sum(p.nbytes for p in self._model.parameters()))
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Add a LoRA adapter under `name`; does nothing where it is there already.
+
+        Raises ModelError where the adapter's tensors do not fit the base.
+        """
+        with self.lock:
+            if self.adapters.get(name) == folder:
+                return
+            from peft import PeftModel
+            from peft.utils.save_and_load import load_peft_weights
+
+            expected = set(load_peft_weights(str(folder), device="cpu"))
+            try:
+                if not self.adapters:
+                    self._model = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
+                else:
+                    if name in self.adapters:
+                        self._model.delete_adapter(name)
+                    self._model.load_adapter(folder, adapter_name=name)
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ModelError(
+                    "adapter_misfit", adapter=folder, base=self.folder, reason=_first_line(error)
+                ) from error
+            self._model.eval().requires_grad_(False)
+            self.adapters[name] = folder
+            self._check_loaded(name, folder, expected)
+
+    def _check_loaded(self, name: str, folder: Path, expected: set[str]) -> None:
+        """PEFT stays silent on tensors that found no place: compare what it holds with the file."""
+        from peft import get_peft_model_state_dict
+
+        held = set(get_peft_model_state_dict(self._model, adapter_name=name))
+        if held != expected:
+            del self.adapters[name]
+            self._model.delete_adapter(name)
+            missing = sorted(held ^ expected)[0]
+            raise ModelError("adapter_misfit", adapter=folder, base=self.folder, reason=missing)
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[Any]:
+        """Hold the model with `adapter` active (None: the base itself) for one step."""
+        with self.lock:
+            if not self.adapters:
+                if adapter is not None:
+                    raise ModelError("adapter_unknown", adapter=adapter, known="-")
+                yield self._model
+            elif adapter is None:
+                with self._model.disable_adapter():
+                    yield self._model
+            elif adapter not in self.adapters:
+                raise ModelError("adapter_unknown", adapter=adapter, known=", ".join(self.adapters))
+            else:
+                if self._model.active_adapters != [adapter]:
+                    self._model.set_adapter(adapter)
+                yield self._model
+
+    def generate(
+        self, ids: Sequence[int], adapter: str | None, options: GenerationOptions, state: Generation
+    ) -> Iterator[int]:
+        """Yield the ids of new tokens, the end mark left out; fills `state` as it goes.
+
+        Setting `state.cancelled` ends it after the current token, as does closing the iterator. Raises
+        ModelError where the prompt and `max_new_tokens` do not fit the context.
+        """
+        torch = self._torch
+        limit = min(options.num_ctx or self.context_length, self.context_length)
+        if len(ids) + options.max_new_tokens > limit:
+            raise ModelError("prompt_too_long", tokens=len(ids), new=options.max_new_tokens, limit=limit)
+        choose = _Chooser(options, self.device.name)
+        start = time.perf_counter()
+        every = torch.tensor([list(ids)], device=self.device.name)
+        step, cache = every, None
+        try:
+            for _ in range(options.max_new_tokens):
+                if state.cancelled.is_set():
+                    return
+                if state.timeout and time.perf_counter() - start > state.timeout:
+                    state.finish_reason = "timeout"
+                    return
+                # inference_mode must not stay on while the consumer of this generator runs
+                with self.using(adapter) as model, torch.inference_mode():
+                    out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    cache = out.past_key_values
+                    token = choose(every, out.logits[:, -1, :].float())
+                    every = torch.cat([every, token], dim=1)
+                    step = token
+                if state.first_token_s is None:
+                    state.first_token_s = time.perf_counter() - start
+                state.output_tokens += 1
+                if int(token) in self.end_ids:
+                    state.finish_reason = "stop"
+                    return
+                yield int(token)
+            state.finish_reason = "length"
+        finally:
+            state.total_s = time.perf_counter() - start
+
+    def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """Return the float32 logits of every position of `ids`, shape (len(ids), vocabulary)."""
+        with self.using(adapter) as model, self._torch.inference_mode():
+            tensor = self._torch.tensor([list(ids)], device=self.device.name)
+            return model(input_ids=tensor).logits[0].float().cpu()
+
+    def effect(self, adapter: str) -> float:
+        """Return the largest difference of logits between `adapter` and the base on a probe text."""
+        ids = self.tokenizer.encode(PROBE, add_special_tokens=False)
+        return float((self.logits(ids, adapter) - self.logits(ids, None)).abs().max())
+
+
+class _Chooser:
+    """Picks the next token from logits by the options, with a random generator of its own."""
+
+    def __init__(self, options: GenerationOptions, device: str) -> None:
+        import torch
+        from transformers.generation import logits_process as lp
+
+        self._torch, self._greedy = torch, options.temperature <= 0
+        self._processors = lp.LogitsProcessorList()
+        if options.repetition_penalty != 1.0:
+            self._processors.append(lp.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        if not self._greedy:
+            self._random = torch.Generator(device).manual_seed(options.seed)
+            self._processors.append(lp.TemperatureLogitsWarper(options.temperature))
+            if options.top_k > 0:
+                self._processors.append(lp.TopKLogitsWarper(options.top_k))
+            if options.top_p < 1.0:
+                self._processors.append(lp.TopPLogitsWarper(options.top_p))
+            if options.min_p > 0.0:
+                self._processors.append(lp.MinPLogitsWarper(options.min_p))
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the chosen id, shape (1, 1)."""
+        scores = self._processors(ids, logits)
+        if self._greedy:
+            return scores.argmax(dim=-1, keepdim=True)
+        probabilities = self._torch.softmax(scores, dim=-1)
+        return self._torch.multinomial(probabilities, 1, generator=self._random)
+
+
+def _quantization(device: Device) -> Any:
+    """Return transformers' configuration for int8 weights (LLM.int8() of bitsandbytes), or None."""
+    if device.quantization is None:
+        return None
+    if not find_spec("bitsandbytes"):
+        raise ModelError("quantization_missing", type=device.quantization)
+    from transformers import BitsAndBytesConfig
+
+    # It says for every layer that activations are rounded to fp16, which is what LLM.int8() means.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

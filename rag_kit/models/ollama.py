@@ -1,0 +1,210 @@
+"""Ollama's models at our table: every option sent, no prompt cut, every failure told in two sentences.
+
+Builds on `langchain_ollama.ChatOllama`; adds what a fair comparison needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+import ollama
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk
+from langchain_ollama import ChatOllama
+from pydantic import PrivateAttr, model_validator
+
+from rag_kit.data.chunker import conservative_count
+from rag_kit.errors import ModelError, ServiceError
+from rag_kit.models.options import GenerationOptions
+from rag_kit.models.render import text_of
+from rag_kit.models.textstream import ThinkSplitter
+
+if TYPE_CHECKING:
+    from rag_kit.settings import Settings
+
+CONNECT_S, READ_S, LOOK_S = 5.0, 300.0, 10.0  # a cold model may need minutes to its first token
+CONTEXT_STEPS = (4096, 8192, 16384, 32768, 65536, 131072)  # few values: a new num_ctx reloads the model
+
+
+def client(base_url: str, timeout: float = LOOK_S) -> ollama.Client:
+    """Return a client of the server at `base_url` that no proxy stands before."""
+    return ollama.Client(host=base_url, trust_env=False, timeout=httpx.Timeout(timeout, connect=CONNECT_S))
+
+
+def list_models(base_url: str) -> list[str]:
+    """Return the names of the models at `base_url`; raises ServiceError where it does not answer."""
+    with explaining(base_url, "-"):
+        return [str(entry.model) for entry in client(base_url).list().models]
+
+
+@contextmanager
+def explaining(base_url: str, model: str) -> Iterator[None]:
+    """Turn what the client raises into a ServiceError that names the server, the model and a remedy."""
+    try:
+        yield
+    except ollama.ResponseError as error:
+        if error.status_code == 404:
+            known = ", ".join(_known_models(base_url)) or "-"
+            raise ServiceError("ollama_no_model", url=base_url, model=model, known=known) from error
+        # an error line in the midst of a stream carries no status
+        reason = " ".join(str(error.error).split())[:200]
+        reason = reason if error.status_code < 0 else f"{error.status_code} {reason}".strip()
+        raise ServiceError("ollama_failed", url=base_url, model=model, reason=reason) from error
+    except httpx.TimeoutException as error:
+        raise ServiceError("ollama_unreachable", url=base_url, reason=type(error).__name__) from error
+    except (httpx.ConnectError, ConnectionError) as error:
+        raise ServiceError("ollama_unreachable", url=base_url, reason="connection refused") from error
+    except (httpx.TransportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ServiceError("ollama_broke_off", url=base_url, model=model, reason=reason) from error
+
+
+def _known_models(base_url: str) -> list[str]:
+    try:
+        return [str(entry.model) for entry in client(base_url).list().models]
+    except (ollama.ResponseError, httpx.HTTPError, ConnectionError, ValueError):
+        return []
+
+
+class OllamaLanguageModel(ChatOllama):
+    """A model that an Ollama server serves, under the same options as the local ones.
+
+    Raises ServiceError where the server refuses, hangs, breaks off or lacks the model, and ModelError
+    for a prompt that its context may not hold.
+    """
+
+    options: GenerationOptions = GenerationOptions()
+    timeout: float = READ_S
+    _shown: Any = PrivateAttr(default=None)
+
+    @classmethod
+    def of(cls, model: str, settings: Settings, options: GenerationOptions | None = None) -> Self:
+        """Make the model from the settings' OLLAMA_BASE_URL and sampling values."""
+        options = options or GenerationOptions.from_settings(settings)
+        return cls(model=model, base_url=settings.ollama_base_url, options=options)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _standard_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Accept LangChain's standard parameters, and keep every proxy away from the server."""
+        options = values.get("options") or GenerationOptions()
+        stop = values.pop("stop", None)
+        values["options"] = options.updated(
+            temperature=values.pop("temperature", None),
+            max_new_tokens=values.pop("max_tokens", None),
+            stop=tuple(stop) if stop else None,
+        )
+        read = values.get("timeout") or READ_S
+        timeout = httpx.Timeout(read, connect=CONNECT_S)
+        values["client_kwargs"] = {
+            "trust_env": False,
+            "timeout": timeout,
+            **(values.get("client_kwargs") or {}),
+        }
+        return values
+
+    @cached_property
+    def server(self) -> str:
+        """The address of the server."""
+        return self.base_url or "http://localhost:11434"
+
+    def describe(self) -> Any:
+        """Return what the server says of the model (`/api/show`): template, capabilities, sizes."""
+        if self._shown is None:
+            with explaining(self.server, self.model):
+                self._shown = client(self.server).show(self.model)
+        return self._shown
+
+    @property
+    def context_length(self) -> int | None:
+        """The tokens that the model's context can hold, None where the server does not say."""
+        sizes = self.describe().modelinfo or {}
+        return next((int(size) for key, size in sizes.items() if key.endswith(".context_length")), None)
+
+    def can_think(self) -> bool | None:
+        """Whether the model can reason before it answers; None where the server is too old to say."""
+        capabilities = self.describe().capabilities
+        return None if capabilities is None else "thinking" in capabilities
+
+    def _chat_params(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        options: GenerationOptions = kwargs.pop("options", None) or self.options
+        options = options.updated(stop=tuple(stop) if stop else None)
+        thinking = self.can_think()
+        kwargs.setdefault("reasoning", None if thinking is None else bool(thinking and options.think))
+        sent = {
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+            "min_p": options.min_p,
+            "repeat_penalty": options.repetition_penalty,
+            "num_predict": options.max_new_tokens,
+            "seed": options.seed,
+            "stop": list(options.stop),
+            "num_ctx": options.num_ctx or self._num_ctx(messages, options.max_new_tokens),
+        }
+        return super()._chat_params(messages, None, options=sent, **kwargs)
+
+    def _num_ctx(self, messages: Sequence[BaseMessage], new: int) -> int:
+        """Return the least step that surely holds prompt and answer: the server cuts silently."""
+        needed = new + sum(conservative_count(text_of(message)) + 16 for message in messages)
+        limit = self.context_length
+        if limit is not None and needed > limit:
+            raise ModelError("ollama_prompt_too_long", tokens=needed, model=self.model, limit=limit)
+        step = next((step for step in CONTEXT_STEPS if step >= needed), needed)
+        return step if limit is None else min(step, limit)
+
+    def _create_chat_stream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[Mapping[str, Any] | str]:
+        done: Any = False
+        with explaining(self.server, self.model):
+            for part in super()._create_chat_stream(messages, stop, **kwargs):
+                done = done or (not isinstance(part, str) and part.get("done"))
+                yield part
+            if not done:
+                raise httpx.RemoteProtocolError("the stream ended without its last line")
+
+    async def _acreate_chat_stream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
+    ) -> AsyncIterator[Mapping[str, Any] | str]:
+        done: Any = False
+        with explaining(self.server, self.model):
+            async for part in super()._acreate_chat_stream(messages, stop, **kwargs):
+                done = done or (not isinstance(part, str) and part.get("done"))
+                yield part
+            if not done:
+                raise httpx.RemoteProtocolError("the stream ended without its last line")
+
+    def _iterate_over_stream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[ChatGenerationChunk]:
+        think = ThinkSplitter()
+        for chunk in super()._iterate_over_stream(messages, stop, **kwargs):
+            yield _without_think_marks(chunk, think)
+
+    async def _aiterate_over_stream(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        think = ThinkSplitter()
+        async for chunk in super()._aiterate_over_stream(messages, stop, **kwargs):
+            yield _without_think_marks(chunk, think)
+
+
+def _without_think_marks(chunk: ChatGenerationChunk, think: ThinkSplitter) -> ChatGenerationChunk:
+    """Older servers send reasoning as `<think>` text: move it where newer ones put it."""
+    reasoning, text = think.feed(chunk.text)
+    if (chunk.generation_info or {}).get("done"):
+        held_reasoning, held_text = think.flush()
+        reasoning, text = reasoning + held_reasoning, text + held_text
+    if reasoning or text != chunk.text:
+        known = chunk.message.additional_kwargs.get("reasoning_content", "")
+        extra = {"reasoning_content": known + reasoning} if known + reasoning else {}
+        message = chunk.message.model_copy(update={"content": text, "additional_kwargs": extra})
+        return ChatGenerationChunk(message=message, generation_info=chunk.generation_info)
+    return chunk

@@ -1,0 +1,387 @@
+"""Where everything meets: a question, its passages, a model, an answer with its sources.
+
+`RAGHandler` answers with the models that Ollama serves; `LoRARAGHandler` adds the local base and its
+adapters and switches between them while it runs. Shown in notebooks 02 and 03.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rag_kit.data.language import detect_language
+from rag_kit.errors import ModelError, RagKitError, message
+from rag_kit.manifest import fingerprint
+from rag_kit.models.adapters import find_adapters
+from rag_kit.models.options import GenerationOptions
+from rag_kit.models.prompt import build_messages
+from rag_kit.models.reference import canonical, is_local, load_model
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+    from rag_kit.index.hit import Hit
+    from rag_kit.index.store import FaissStore
+    from rag_kit.settings import Settings
+
+logger = logging.getLogger("rag_kit.rag")
+
+TOP_K = 4
+_CITED = re.compile(r"[\[【［]\s*(\d{1,3})\s*[\]】］]")
+_GREETING = re.compile(
+    r"^\W*(hi|hello|hey|good (morning|afternoon|evening)|你好|您好|嗨|哈喽|早上好|下午好|晚上好)?\W*"
+    r"((please )?(introduce yourself|who are you|what can you do)|"
+    r"请?(简单)?介绍(一下)?(你|您)?自己|你是谁|你能做什么)?\W*$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its evidence.
+
+    `reasoning` is never scored, cited or fed back; `citations` are numbers of `sources`, from 1;
+    `usage` counts tokens (`input_tokens`, `output_tokens`), absent where the server does not say;
+    `timings` are seconds (`retrieval_s`, `load_s`, `first_token_s`, `total_s`); `degraded` says what was
+    missing and why.
+    """
+
+    text: str
+    model: str
+    sources: tuple[Hit, ...] = ()
+    citations: tuple[int, ...] = ()
+    reasoning: str = ""
+    finish_reason: str = ""
+    usage: dict[str, int] | None = None
+    timings: dict[str, float] | None = None
+    prompt_hash: str = ""
+    degraded: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.text}\n\n{self.evidence()}".strip()
+
+    def evidence(self) -> str:
+        """Return the sources, the cited ones starred, then what answered and what was degraded."""
+        lines = []
+        for number, hit in enumerate(self.sources, 1):
+            place = f"{hit.document.metadata.get('source')}:{hit.document.metadata.get('start')}"
+            lines.append(f"{'*' if number in self.citations else ' '}[{number}] {place} ({hit.score:.3f})")
+        seconds = (self.timings or {}).get("total_s", 0.0)
+        lines.append(f"{self.model} · {seconds:.1f} s")
+        return "\n".join([*lines, *(f"! {note}" for note in self.degraded)])
+
+
+def citations_in(text: str, sources: int) -> tuple[int, ...]:
+    """Return the numbers of sources cited in `text` as `[1]`, `【1】` or `［1］`, in order, once each."""
+    numbers = (int(found) for found in _CITED.findall(text))
+    return tuple(dict.fromkeys(number for number in numbers if 1 <= number <= sources))
+
+
+def is_greeting(text: str) -> bool:
+    """Whether `text` is nothing but a greeting or a request to introduce oneself."""
+    return bool(text.strip()) and bool(_GREETING.match(text.strip()))
+
+
+def answer(model: BaseChatModel, question: str, passages: Sequence[Hit] = (), **how: Any) -> Answer:
+    """Return the model's answer to `question` from `passages`; `how` as for `stream_answer`."""
+    *_, last = stream_answer(model, question, passages, **how)
+    assert isinstance(last, Answer)
+    return last
+
+
+def stream_answer(
+    model: BaseChatModel,
+    question: str,
+    passages: Sequence[Hit] = (),
+    *,
+    language: str | None = None,
+    options: GenerationOptions | None = None,
+    history: Sequence[tuple[str, str]] = (),
+    reference: str | None = None,
+) -> Iterator[str | Answer]:
+    """Yield the pieces of the answer's text as they come, and last the whole Answer.
+
+    Raises what the model raises: ModelError, ServiceError.
+    """
+    language = language or detect_language(question)
+    texts = [hit.document.page_content for hit in passages]
+    messages = build_messages(question, texts, language=language, history=history)
+    start, first, whole = time.perf_counter(), None, None
+    for chunk in model.stream(messages, **_request(model, options)):
+        if first is None and (chunk.text or chunk.additional_kwargs.get("reasoning_content")):
+            first = time.perf_counter() - start
+        whole = chunk if whole is None else whole + chunk
+        if chunk.text:
+            yield str(chunk.text)
+    total = time.perf_counter() - start
+    if whole is None:
+        raise ModelError("empty_stream", reference=reference or type(model).__name__)
+    told = whole.response_metadata
+    usage = {
+        k: int(v) for k, v in (whole.usage_metadata or {}).items() if k in ("input_tokens", "output_tokens")
+    }
+    timings = {"total_s": total} | ({} if first is None else {"first_token_s": first})
+    text = str(whole.text).strip()
+    yield Answer(
+        text=text,
+        model=reference or str(getattr(model, "model", "") or type(model).__name__),
+        sources=tuple(passages),
+        citations=citations_in(text, len(passages)),
+        reasoning=str(whole.additional_kwargs.get("reasoning_content", "")),
+        finish_reason=str(told.get("finish_reason") or told.get("done_reason") or ""),
+        usage=usage,
+        timings=timings,
+        prompt_hash=told.get("prompt_hash") or fingerprint([[m.type, str(m.text)] for m in messages]),
+    )
+
+
+def _request(model: BaseChatModel, options: GenerationOptions | None) -> dict[str, Any]:
+    """Return the keywords that carry `options` to this kind of model."""
+    if options is None:
+        return {}
+    if "rag_kit" in type(model).__module__:
+        return {"options": options}
+    request = {
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "max_tokens": options.max_new_tokens,
+    }
+    return request | ({"stop": list(options.stop)} if options.stop else {})
+
+
+class RAGHandler:
+    """Answers questions from the index with OLLAMA_MODEL: the guide's original service.
+
+    `store` and `settings` come from the environment where they are not given. Without an index it
+    answers without sources, and every answer says so.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, store: FaissStore | None = None) -> None:
+        from rag_kit.settings import get_settings
+
+        self.settings = settings or get_settings()
+        self._store = store
+        self._models: dict[str, BaseChatModel] = {}
+        self._lock = threading.Lock()
+        self._reference = f"ollama:{self.settings.ollama_model}"
+        if self.settings.preload_models:
+            self.preload()
+
+    @property
+    def reference(self) -> str:
+        """The model reference that answers when a request names none."""
+        return self._reference
+
+    @property
+    def store(self) -> FaissStore:
+        """The index, opened at first use; raises StoreError where there is none that fits."""
+        with self._lock:
+            if self._store is None:
+                from rag_kit.index.store import open_store
+
+                self._store = open_store(self.settings)
+            return self._store
+
+    def model(self, reference: str) -> BaseChatModel:
+        """Return the model behind `reference`, made once."""
+        with self._lock:
+            if reference not in self._models:
+                self._models[reference] = load_model(reference, self.settings)
+            return self._models[reference]
+
+    def preload(self) -> None:
+        """Bring model and index into memory now; what is missing is logged and told by each answer."""
+        for load in (lambda: self.store.search("preload", 1), lambda: self._load(self.reference)):
+            try:
+                load()
+            except RagKitError as error:
+                logger.warning("%s", error)
+
+    def _load(self, reference: str) -> float:
+        """Bring a local model into memory; return the seconds it took."""
+        start = time.perf_counter()
+        model = self.model(reference)
+        if hasattr(model, "load"):
+            model.load()
+        return time.perf_counter() - start
+
+    def retrieve(self, question: str, top_k: int = TOP_K) -> list[Hit]:
+        """Return the best `top_k` chunks for `question`; raises StoreError."""
+        return self.store.search(question, top_k)
+
+    def ask(self, question: str, **how: Any) -> Answer:
+        """Return the answer to `question`; `how` as for `stream`."""
+        *_, last = self.stream(question, **how)
+        assert isinstance(last, Answer)
+        return last
+
+    def stream(
+        self,
+        question: str,
+        *,
+        model: str | None = None,
+        top_k: int = TOP_K,
+        history: Sequence[tuple[str, str]] = (),
+        options: GenerationOptions | None = None,
+    ) -> Iterator[str | Answer]:
+        """Yield the answer's text as it is generated, and last the Answer.
+
+        `model` is a reference for this request alone. A model named here that cannot answer is an error;
+        where the default cannot, the next in line does and the answer says so.
+        """
+        language = detect_language(question)
+        degraded: list[str] = []
+        hits: list[Hit] = []
+        start = time.perf_counter()
+        greeting = is_greeting(question)
+        if top_k > 0 and not greeting:
+            try:
+                hits = self.retrieve(question, top_k)
+            except RagKitError as error:
+                degraded.append(
+                    message("degraded_no_sources", lang=language, reason=" ".join(error.text(language)))
+                )
+        retrieval_s = time.perf_counter() - start
+        options = options or GenerationOptions.from_settings(self.settings)
+        failures: list[RagKitError] = []
+        for reference in [model] if model else self._line():
+            try:
+                load_s = self._load(reference)
+                asked, notes = self._speakable(question, reference, language, greeting)
+                pieces = stream_answer(
+                    self.model(reference), asked, hits, options=options, history=history, reference=reference
+                )
+                first = next(pieces)  # a model that cannot answer fails here, before anything was shown
+            except RagKitError as error:
+                failures.append(error)
+                continue
+            if failures:
+                reason = " ".join(failures[0].text(language))
+                note = message(
+                    "degraded_model", lang=language, wanted=self.reference, used=reference, reason=reason
+                )
+                degraded.append(note)
+            timings = {"retrieval_s": retrieval_s, "load_s": load_s}
+            yield from self._finished(first, pieces, degraded + notes, timings, language, greeting)
+            return
+        raise failures[0]
+
+    def _finished(
+        self,
+        first: str | Answer,
+        pieces: Iterator[str | Answer],
+        degraded: list[str],
+        timings: dict[str, float],
+        language: str,
+        greeting: bool,
+    ) -> Iterator[str | Answer]:
+        """Pass the pieces on and complete the Answer with what the handler knows."""
+        for piece in itertools.chain([first], pieces):
+            if isinstance(piece, str):
+                yield piece
+                continue
+            text = piece.text
+            if greeting:
+                remark = "\n\n" + message("no_source_used", lang=language)
+                text += remark
+                yield remark
+            used = canonical(piece.model, self.settings) if is_local(piece.model) else piece.model
+            yield replace(
+                piece,
+                text=text,
+                model=used,
+                timings=timings | (piece.timings or {}),
+                degraded=(*degraded, *piece.degraded),
+            )
+
+    def _speakable(
+        self, question: str, reference: str, language: str, greeting: bool
+    ) -> tuple[str, list[str]]:
+        """Return the question to put to this model, and a note where it does not speak the language."""
+        spoken = self._languages(reference)
+        if not spoken or language in spoken:
+            return question, []
+        names = ", ".join(message(f"language_{code}", lang=language) for code in spoken)
+        note = message("degraded_language", lang=language, model=reference, spoken=names)
+        return (message("introduce_yourself", lang=spoken[0]) if greeting else question), [note]
+
+    def _languages(self, reference: str) -> tuple[str, ...]:
+        """Return the languages that a local base says it speaks; empty where it does not say."""
+        base = getattr(self.model(reference), "base_model", None)
+        return base.languages() if base is not None else ()
+
+    def _line(self) -> list[str]:
+        """Return the references to try, the default first."""
+        return [self.reference]
+
+    def model_info(self) -> dict[str, Any]:
+        """Return the guide's `/model_info`: paths and names as they were written in the settings."""
+        raw = self.settings.raw
+        cache_dir = raw("cache_dir")
+        return {
+            "base_model": self.settings.base_model_name,
+            "lora_model_path": str(raw("lora_model_path")),
+            "lora_exists": bool(find_adapters(self.settings.lora_model_path)),
+            "using_lora": self.reference.startswith("lora"),
+            "cache_dir": None if cache_dir is None else str(cache_dir),
+            "vector_store_path": str(raw("vector_store_path")),
+            "embedding_model": self.settings.embedding_model,
+            "model": self.reference,
+        }
+
+
+class LoRARAGHandler(RAGHandler):
+    """Answers with the base, an adapter or Ollama, and switches between them while it runs.
+
+    USE_LORA_DEFAULT chooses what answers first: the default adapter, or OLLAMA_MODEL.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, store: FaissStore | None = None) -> None:
+        from rag_kit.settings import get_settings
+
+        settings = settings or get_settings()
+        self._initial = "lora" if settings.use_lora_default else f"ollama:{settings.ollama_model}"
+        self._switched: str | None = None
+        super().__init__(settings, store=store)
+
+    @property
+    def reference(self) -> str:
+        """The model reference that answers when a request names none."""
+        return self._switched or self._initial
+
+    def switch_model(self, *, use_lora: bool | None = None, model: str | None = None) -> str:
+        """Change what answers from now on and return its reference; requests that run are not touched.
+
+        `use_lora` False means OLLAMA_MODEL. Raises ModelError where both are given and disagree, and
+        whatever keeps the new model from answering; then nothing changes.
+        """
+        meant = None if use_lora is None else "lora" if use_lora else f"ollama:{self.settings.ollama_model}"
+        if model and meant and model.split(":")[0] != meant.split(":")[0]:
+            raise ModelError("switch_disagrees", use_lora=str(use_lora).lower(), model=model)
+        wanted = model or meant
+        if wanted is None:
+            raise ModelError("switch_nothing")
+        self._reachable(wanted)
+        self._switched = wanted
+        return wanted
+
+    def _reachable(self, reference: str) -> None:
+        """Raise where `reference` could not answer now."""
+        self._load(reference)
+        describe = getattr(self.model(reference), "describe", None)
+        if describe is not None:
+            describe()
+
+    def _line(self) -> list[str]:
+        """Return what was chosen, then the nearest that may answer in its place."""
+        chosen = self.reference
+        others = ["base", f"ollama:{self.settings.ollama_model}"]
+        if chosen.startswith("ollama:"):
+            others = ["lora", "base"]
+        return [chosen, *(other for other in others if other != chosen)]
