@@ -112,7 +112,7 @@ def _unigram(
     known = {char for piece, _ in vocab for char in piece}
     kept = sorted(c for c in known if c not in replacements and unicodedata.normalize("NFKC", c) != c)
     private = [chr(0xF0000 + index) for index in range(len(kept))]  # NFKC leaves private-use characters alone
-    steps = [Replace(Regex(those("")), ""), Replace(Regex(those(" ")), " ")]
+    steps: list[Any] = [Replace(Regex(those("")), ""), Replace(Regex(those(" ")), " ")]
     steps += [Replace(a, b) for a, b in zip(kept, private, strict=True)]
     steps += [NFKC()]
     steps += [Replace(b, a) for a, b in zip(kept, private, strict=True)]

@@ -108,8 +108,9 @@ def converted_gguf(gguf: Path, cache_dir: Path | None = None, progress: Progress
 
     Raises ModelError where the file is cut short, or of an architecture that transformers cannot read.
     """
-    origin = {"format": FORMAT, "file": gguf.name, "sha256": sha256(gguf)}
-    target = cache_root(cache_dir) / "models" / f"{gguf.stem}-{origin['sha256'][:12]}"
+    digest = sha256(gguf)
+    origin = {"format": FORMAT, "file": gguf.name, "sha256": digest}
+    target = cache_root(cache_dir) / "models" / f"{gguf.stem}-{digest[:12]}"
     return _whole(target, origin, lambda folder: _convert_gguf(gguf, folder, gguf.stem), progress)
 
 

@@ -7,6 +7,7 @@ of what is in it. Nothing is set by an import: `settings.start` calls `apply_net
 import os
 import sys
 import threading
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from rag_kit.errors import ServiceError, message
 from rag_kit.settings import Settings, redact
 
 HUB = "https://huggingface.co"
-HUB_SECONDS = 8.0
+HUB_SECONDS = 7.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Where other libraries keep what they write; each under CACHE_DIR/rag-kit unless the user said otherwise.
 CACHES = {
@@ -58,9 +59,7 @@ def apply_network(settings: Settings) -> list[str]:
         )
         export("NO_PROXY", ",".join(direct))
         export("no_proxy", ",".join(direct))
-    if settings.cache_dir:
-        _export_caches(settings.cache_dir)
-    return _late(settings)
+    return [*_move_caches(settings.cache_dir), *_late(settings)]
 
 
 def export(name: str, value: str) -> None:
@@ -163,9 +162,15 @@ def _explain(error: Exception, repo_id: str, settings: Settings) -> Exception:
         return ServiceError("hub_gated", **told)
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
         return ServiceError("hub_unknown", **told)
-    if isinstance(
-        error, httpx2.HTTPError | httpx2.InvalidURL | ConnectionError | TimeoutError | FileNotFoundError
-    ):
+    beyond = (
+        httpx2.HTTPError,
+        httpx2.InvalidURL,
+        ConnectionError,
+        TimeoutError,
+        FileNotFoundError,
+        JSONDecodeError,
+    )
+    if isinstance(error, beyond) or (isinstance(error, OSError) and error.errno is None):
         return ServiceError("hub_unreachable", **told, reason=_reason(error))
     if isinstance(error, OSError):
         folder = settings.cache_dir or os.environ.get("HF_HOME") or "~/.cache/huggingface"
@@ -179,13 +184,20 @@ def _reason(error: BaseException) -> str:
     return redact(first[:200]) or type(error).__name__
 
 
-def _export_caches(cache_dir: Path) -> None:
+def _move_caches(cache_dir: Path | None) -> list[str]:
+    if cache_dir is None:
+        return []
+    _export_default("HF_HUB_CACHE", str(cache_dir))
+    try:
+        cache_root(cache_dir).mkdir(parents=True, exist_ok=True)  # IPython wants the parent of its folder
+    except OSError as error:
+        return [message("cache_dir_unwritable", folder=cache_dir, reason=_reason(error))]
     token = Path.home() / ".cache" / "huggingface" / "token"
     if token.is_file() and "HF_HOME" not in os.environ:
         _export_default("HF_TOKEN_PATH", str(token))  # a login outlives the move of HF_HOME
-    _export_default("HF_HUB_CACHE", str(cache_dir))
     for name, folder in CACHES.items():
         _export_default(name, str(cache_root(cache_dir) / folder))
+    return []
 
 
 def _export_default(name: str, value: str) -> None:
@@ -195,7 +207,8 @@ def _export_default(name: str, value: str) -> None:
 
 def _late(settings: Settings) -> list[str]:
     """Warn where the hub's library was imported before its address was set: it reads it only once."""
-    constants = sys.modules.get("huggingface_hub.constants")
-    used = getattr(constants, "ENDPOINT", None)
-    wanted = settings.hf_endpoint or used
-    return [] if used == wanted else [message("hub_imported_early", used=used, wanted=redact(str(wanted)))]
+    used = getattr(sys.modules.get("huggingface_hub.constants"), "ENDPOINT", None)
+    wanted = settings.hf_endpoint
+    if used is None or wanted is None or used == wanted:
+        return []
+    return [message("hub_imported_early", used=used, wanted=redact(wanted))]

@@ -141,7 +141,7 @@ class Settings(BaseSettings):
             _check_place(name, *given[name])
         for name in FOLDERS:
             if values[name] is not None:
-                values[name] = root / Path(values[name]).expanduser()
+                values[name] = _absolute(root, values[name])
         try:
             settings = cls(**values)  # every value is given, so pydantic adds none from the environment
         except ValidationError as error:
@@ -170,7 +170,7 @@ class Settings(BaseSettings):
 
     def path(self, value: str | Path) -> Path:
         """Return `value` as an absolute path; a relative one is taken from the root."""
-        return self._root / Path(value).expanduser()
+        return _absolute(self._root, value)
 
 
 def find_root() -> Path:
@@ -239,6 +239,10 @@ def _apply_logging(settings: Settings) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger().setLevel(logging.INFO if level == logging.DEBUG else max(level, logging.WARNING))
     logging.getLogger("rag_kit").setLevel(level)
+
+
+def _absolute(root: Path, value: str | Path) -> Path:
+    return Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - takes `..` out, keeps links
 
 
 def _is_checkout(folder: Path) -> bool:

@@ -151,7 +151,7 @@ def test_a_windows_path_without_quotes_is_kept_letter_by_letter(
 def test_relative_places_are_taken_from_the_root(tmp_path: Path) -> None:
     settings = load(tmp_path, "LORA_MODEL_PATH=../适配器\nVECTOR_STORE_PATH=/data/store\nCACHE_DIR=cache\n")
     assert settings.root == tmp_path
-    assert settings.lora_model_path == tmp_path / "../适配器"
+    assert settings.lora_model_path == tmp_path.parent / "适配器"
     assert settings.vector_store_path == Path("/data/store") and settings.cache_dir == tmp_path / "cache"
     assert settings.path("a/b") == tmp_path / "a/b" and settings.path("/a") == Path("/a")
 
@@ -439,7 +439,14 @@ def test_with_a_cache_dir_every_cache_lies_under_it_but_where_the_user_said_othe
     assert changed["HF_HUB_CACHE"] == str(tmp_path / "models")
     assert changed["HF_HOME"] == str(tmp_path / "models" / "rag-kit" / "huggingface")
     assert changed["HF_TOKEN_PATH"] == str(login) and "TORCH_HOME" not in changed
-    assert not (tmp_path / "models").exists()  # nothing is made before it is needed
+
+
+def test_a_cache_dir_that_cannot_be_written_moves_no_cache_and_is_told(tmp_path: Path) -> None:
+    (tmp_path / "models").touch()
+    seen, log = probe(tmp_path, "CACHE_DIR=models\n")
+    assert seen["environment"] == {"HF_HUB_CACHE": str(tmp_path / "models")}
+    assert f"CACHE_DIR={tmp_path / 'models'} cannot be written to (" in log
+    assert "无法写入 CACHE_DIR=" in probe(tmp_path, "CACHE_DIR=models\nRAG_KIT_LANG=zh\n")[1]
 
 
 def test_keys_of_other_programs_are_passed_on_unless_set(tmp_path: Path) -> None:

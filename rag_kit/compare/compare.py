@@ -99,18 +99,18 @@ def compare(
         from rag_kit.rag import answer
 
         ask = answer
-    identities = {}
+    models: dict[str, tuple[str, str | None]] = {arm.model: (arm.model, None) for arm in columns}
     if load is None:
         from rag_kit.models.reference import load_model
 
         load = partial(load_model, settings=settings)
-        identities = {arm.model: _identity(arm.model, settings) for arm in columns}
+        models = {reference: _identity(reference, settings) for reference in models}
     plan = {
         "arms": [str(arm) for arm in columns],
         "questions": {question.id: fingerprint(asdict(question)) for question in questions},
         "options": asdict(options),
         "top_k": top_k,
-        "models": identities,
+        "models": {reference: identity for reference, (_, identity) in models.items()},
     }
     with Run.open(Path(run_folder) if run_folder is not None else None, plan) as run:
         if store is not None and any(arm.context == "retrieved" for arm in columns):
@@ -119,7 +119,8 @@ def compare(
         with _bar(len(todo), progress) as bar:
             for model in dict.fromkeys(arm.model for arm, _ in todo):
                 work = [(arm, question) for arm, question in todo if arm.model == model]
-                for row in _answers(model, work, run.contexts, top_k, options, load, ask):
+                asking = partial(ask, options=options, reference=models[model][0])
+                for row in _answers(model, work, run.contexts, top_k, load, asking):
                     run.add(row)
                     bar.set_description(row["arm"], refresh=False)
                     bar.update()
@@ -141,23 +142,24 @@ def _check(arms: Sequence[Arm], questions: "Sequence[Question]", store: object, 
         raise DataError("compare_top_k", top_k=top_k)
 
 
-def _identity(reference: str, settings: "Settings | None") -> str | None:
-    """What tells a local model from a later one of the same name; None where that is not known."""
+def _identity(reference: str, settings: "Settings | None") -> tuple[str, str | None]:
+    """A model's label, and what tells it from a later one of that name; None where that is not known."""
     from rag_kit.models.adapters import WEIGHTS, default_adapter, named_adapter
     from rag_kit.models.reference import is_local
     from rag_kit.settings import get_settings
 
     if not is_local(reference):
-        return None
+        return reference, None
     settings = settings or get_settings()
     if reference == "base":
-        return settings.base_model_name
+        return reference, settings.base_model_name
     name = reference.partition(":")[2]
     try:
         adapter = named_adapter(name, settings) if name else default_adapter(settings)
-        return f"{settings.base_model_name}+{sha256(adapter.folder / WEIGHTS)}"
+        weights = sha256(adapter.folder / WEIGHTS)
+        return f"lora:{adapter.name}", f"{weights} ({settings.base_model_name})"
     except (AdapterNotFoundError, ModelError):
-        return None  # its rows will say why
+        return reference, None  # its rows will say why
 
 
 def _retrieve(run: Run, store: Searchable, questions: "Sequence[Question]", k: int, progress: bool) -> None:
@@ -187,7 +189,6 @@ def _answers(
     work: "Sequence[tuple[Arm, Question]]",
     contexts: dict[str, FrozenContext],
     top_k: int,
-    options: "GenerationOptions",
     load: "Callable[[str], BaseChatModel]",
     ask: "Callable[..., Answer]",
 ) -> Iterator[dict[str, Any]]:
@@ -207,7 +208,7 @@ def _answers(
             yield failed_row(arm, question, passages, reason)
             continue
         try:
-            result = ask(model, question.text, passages, language=question.language, options=options)
+            result = ask(model, question.text, passages, language=question.language)
         except Exception as error:
             failures = failures + 1 if isinstance(error, ServiceError) else 0
             broken = _reason(error) if failures == FAILURES_IN_A_ROW else None

@@ -76,11 +76,12 @@ class Run:
 
     def add(self, row: Row) -> None:
         """Keep one row; it takes the place of a failed one of the same arm and question."""
-        self._rows[row["arm"], row["question_id"]] = row
+        line = canonical_json(row).encode("utf-8", "replace")  # half an emoji would spoil the whole table
+        self._rows[row["arm"], row["question_id"]] = json.loads(line)
         if self.folder is not None:
             (self.folder / MANIFEST).unlink(missing_ok=True)  # no longer finished
             with (self.folder / ROWS).open("ab") as file:
-                file.write(canonical_json(row).encode() + b"\n")
+                file.write(line + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -55,9 +55,9 @@ class Level(IntEnum):
     LINE = 3
     CLAUSE = 4
     WORD = 5
-    PART = 6  # at the marks inside a word without spaces, as in a long URL
+    PART = 6  # at the marks inside a word without spaces, as in a long URL; from here on behind a heading too
     CHARACTER = 7  # a character as a reader sees it (grapheme cluster)
-    FORCED = 8  # before a closing mark or behind a heading: only where the limit leaves no other way
+    FORCED = 8  # before a closing mark: only where the limit leaves no other way
     CODE_POINT = 9
 
 
@@ -108,17 +108,18 @@ class Segments:
         if level == Level.FORCED:
             found = sorted({self._skip(offset) for offset in offsets})
         else:
-            found = sorted(set(self._clean(offsets)))
-        if level in (Level.WORD, Level.PART):
+            found = sorted(set(self._clean(offsets, behind_heading=level >= Level.PART)))
+        if level == Level.WORD:  # a word takes its opening marks along
             found = [stop for stop in found if not _OPENING.match(self.text, stop - 1)]
         self._finer[level] = found
         return found
 
-    def _clean(self, offsets: Iterable[int]) -> Iterator[int]:
-        """Yield the stops at `offsets`, less those before a closing mark or behind a heading."""
+    def _clean(self, offsets: Iterable[int], *, behind_heading: bool = False) -> Iterator[int]:
+        """Yield the stops at `offsets`, less those before a closing mark and mostly those behind a heading."""
         for offset in offsets:
             stop = self._skip(offset)
-            if stop < self.end and stop not in self._behind_heading and not CLOSING.match(self.text, stop):
+            allowed = behind_heading or stop not in self._behind_heading
+            if allowed and stop < self.end and not CLOSING.match(self.text, stop):
                 yield stop
 
     def _skip(self, offset: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
     from rag_kit.settings import Settings
 
 EMBEDDED = "embedded"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PROBED = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
-PROBE_TOLERANCE = 0.02  # relative; rounding to bf16 moves a value by at most 0.004
+PROBE_TOLERANCE = 0.005  # relative; rounding to bf16 moves a value by at most 0.002
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,23 @@ def template_hash(tokenizer: Any) -> str | None:
 
 def _tensor_probe(folder: Path) -> dict[str, list[float]]:
     """Return the first eight values of two norm weights: kept in f32 or bf16 by every file format."""
+    found = {name: tensor_of(folder.glob("*.safetensors"), name) for name in PROBED}
+    return {
+        name: [round(float(value), 6) for value in tensor[:8]]
+        for name, tensor in found.items()
+        if tensor is not None
+    }
+
+
+def tensor_of(files: Iterable[Path], name: str) -> Any:
+    """Return the tensor `name` from the first of the safetensors `files` that has it, else None."""
     from safetensors import safe_open
 
-    probe: dict[str, list[float]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(files):
         with safe_open(file, framework="pt") as tensors:
-            for name in PROBED:
-                if name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    probe[name] = [round(float(v), 6) for v in tensors.get_tensor(name)[:8]]
-    return probe
+            if name in tensors.keys():  # noqa: SIM118  (not a dict)
+                return tensors.get_tensor(name)
+    return None
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -133,7 +141,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     a, b = ours.get("tensor_probe") or {}, theirs.get("tensor_probe") or {}
     for name in a.keys() & b.keys():
         close = (
-            math.isclose(x, y, rel_tol=PROBE_TOLERANCE, abs_tol=1e-3)
+            math.isclose(x, y, rel_tol=PROBE_TOLERANCE, abs_tol=1e-5)
             for x, y in zip(a[name], b[name], strict=False)
         )
         if not all(close):

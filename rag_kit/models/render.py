@@ -1,12 +1,16 @@
 """The one renderer: chat messages to token ids by the base's own template.
 
-Text of documents and users is encoded apart from the template, so that `<|im_end|>` in a document
-stays eight plain characters and never becomes a control token. Training and every local engine use
-the same ids.
+Text of documents and users is encoded apart from the template and without the tokenizer's added tokens,
+so that `<|im_end|>` in a document stays plain characters and never becomes a control token. Training and
+every local engine use the same ids.
+
+For harmless text these are the ids of `apply_chat_template`, with one exception: where a content begins
+with blank space that the template keeps, byte-pair merges do not reach across its beginning.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +21,11 @@ from rag_kit.errors import ModelError
 from rag_kit.manifest import fingerprint
 
 ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: in no template; content is encoded apart anyway
+# Private-use marks stand for a content, with a wide blank at either side: where a template trims contents
+# (Llama 3, Gemma) the blank is gone, and then the content is trimmed too.
+_BLANK = "\u2003"
+_MARK = f"{_BLANK}\ue000{{}}\ue001{_BLANK}"
+_MARKED = re.compile(f"({_BLANK}?)\ue000(\\d+)\ue001({_BLANK}?)")
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,17 @@ def render(
     """
     contents = [text_of(message) for message in messages]
     marked = [
-        {"role": ROLES.get(message.type, message.type), "content": f"{_OPEN}{number}{_CLOSE}"}
+        # a blank content stays itself, since templates ask whether there is any
+        {
+            "role": ROLES.get(message.type, message.type),
+            "content": _MARK.format(number) if contents[number].strip() else contents[number],
+        }
         for number, message in enumerate(messages)
     ]
     if not tokenizer.chat_template:
         raise ModelError("no_chat_template", base=tokenizer.name_or_path)
     try:
-        text = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             marked, tokenize=False, add_generation_prompt=add_generation_prompt, **template
         )
     except Exception as error:  # jinja2's own errors and whatever a template raises
@@ -61,23 +73,40 @@ def render(
 
     ids: list[int] = []
     owner: list[int] = []
-    for number, piece in enumerate(text.split(_OPEN)):
-        index, _, rest = piece.rpartition(_CLOSE) if number else ("", "", piece)
-        if index:
-            encoded = encode_text(tokenizer, contents[int(index)])
-            ids += encoded
-            owner += [int(index)] * len(encoded)
-        encoded = tokenizer.encode(rest, add_special_tokens=False) if rest else []
-        ids += encoded
-        owner += [-1] * len(encoded)
+
+    def add(encoded: list[int], of: int) -> None:
+        ids.extend(encoded)
+        owner.extend([of] * len(encoded))
+
+    at = 0
+    for mark in _MARKED.finditer(text):
+        add(_encode_template(tokenizer, text[at : mark.start()]), -1)
+        left, number, right = mark[1], int(mark[2]), mark[3]
+        content = contents[number]
+        content = content if left else content.lstrip()
+        add(encode_text(tokenizer, content if right else content.rstrip()), number)
+        at = mark.end()
+    add(_encode_template(tokenizer, text[at:]), -1)
     return Rendered(tuple(ids), tuple(owner))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of foreign text: no special token is added and none is recognised in it."""
-    if not text:
-        return []
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    """Return the ids of foreign text: no token is added, and no added token is recognised in it.
+
+    Runs the backend's pipeline by hand: `split_special_tokens=True` overlooks added tokens that are not
+    special (Qwen's `<tool_call>`), and switches the shared tokenizer over for other threads too.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    words = [text]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words if word for token in backend.model.tokenize(word)]
+
+
+def _encode_template(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 def end_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:

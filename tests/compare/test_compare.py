@@ -464,6 +464,39 @@ def test_a_result_in_memory_equals_one_on_disk(questions, tmp_path):
     assert manifest["rows"] == 20 and manifest["top_k"] == 4
 
 
+def test_an_adapter_that_was_trained_again_is_another_model(questions, tmp_path):
+    adapter, folder = tmp_path / "adapters/mine", tmp_path / "run"
+    settings = Settings.load(tmp_path, lora_model_path="adapters", base_model_name="./no-such-base")
+    values = {"settings": settings, "load": None, "run_folder": folder}
+    first = run(["lora+none"], questions, **values)  # no adapter yet
+    assert first.rows["error"].notna().all()
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    (adapter / "adapter_model.safetensors").write_bytes(b"one")
+    second = run(["lora+none"], questions, **values)  # an adapter; its base is missing
+    assert "no-such-base" in second.rows["error"][0] and second.rows["error"][0] != first.rows["error"][0]
+    (adapter / "adapter_model.safetensors").write_bytes(b"two")
+    with pytest.raises(DataError, match=r"holds another comparison \(lora: 7692c3ad3540.* → 3fc4ccfe7458"):
+        run(["lora+none"], questions, **values)
+
+
+def test_half_a_character_spoils_nothing(questions, tmp_path):
+    def broken(*args, **values):
+        return replace(ask(*args, **values), text="蓝鹭\ud83d")
+
+    result = run(["base+none"], questions, ask=broken, run_folder=tmp_path / "run")
+    assert set(result.rows["answer"]) == {"蓝鹭?"}
+
+
+def test_a_reply_in_one_piece_shows_no_speed(questions):
+    def at_once(*args, **values):
+        return replace(ask(*args, **values), timings={"first_token_s": 1.0, "total_s": 1.00001})
+
+    assert run(["base+none"], questions, ask=at_once).rows["tokens_per_s"].isna().all()
+    silent = replace(ask(load("base"), "?", (), language="en"), timings=None, usage=None)
+    assert run(["base+none"], questions, ask=lambda *a, **v: silent).rows["total_s"].isna().all()
+
+
 def test_options_default_to_greedy_from_the_settings(questions, tmp_path):
     seen, settings = [], Settings.load(tmp_path, max_new_tokens=7, temperature=0.9)
     run(["base+none"], questions[:1], options=None, settings=settings,

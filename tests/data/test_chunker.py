@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 
@@ -21,11 +21,80 @@ COUNTERS = {
     "conservative": conservative_count,
 }
 PIECES = [
-    *("退货", "期限为三十天", "客服", "。", "！", "？", "，", "、", "；", "：", "“", "”", "（", "）", "《", "》", "……", "——"),
-    *("Returns", "are", "free", "internationalization", "don't", "e.g.", "Mr.", "U.S.", "No. 5", ". ", ", ", "? ", "! "),
-    *("2.5", "Qwen2.5", "1,000", "100%", "￥2.5", "https://a.example.com/x?y=1&z=2#f", "a@b.cn", "...", "(see", ")", '"'),
-    *(" ", " ", "\n", "\n\n", "\r\n", "\t", "\u3000", "# Heading\n", "\n## 标题\n", "\n- item", "\n1. one", "| a | b |\n"),
-    *("e\u0301", "👩\u200d👩\u200d👧", "👍🏽", "🇨🇳", "❤\ufe0f", "한국어", "ひらがな", "𠀀", "\u0301", "\u200d"),
+    *(
+        "退货",
+        "期限为三十天",
+        "客服",
+        "。",
+        "！",
+        "？",
+        "，",
+        "、",
+        "；",
+        "：",
+        "“",
+        "”",
+        "（",
+        "）",
+        "《",
+        "》",
+        "……",
+        "——",
+    ),
+    *(
+        "Returns",
+        "are",
+        "free",
+        "internationalization",
+        "don't",
+        "e.g.",
+        "Mr.",
+        "U.S.",
+        "No. 5",
+        ". ",
+        ", ",
+        "? ",
+        "! ",
+    ),
+    *(
+        "2.5",
+        "Qwen2.5",
+        "1,000",
+        "100%",
+        "￥2.5",
+        "https://a.example.com/x?y=1&z=2#f",
+        "a@b.cn",
+        "...",
+        "(see",
+        ")",
+        '"',
+    ),
+    *(
+        " ",
+        " ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "\u3000",
+        "# Heading\n",
+        "\n## 标题\n",
+        "\n- item",
+        "\n1. one",
+        "| a | b |\n",
+    ),
+    *(
+        "e\u0301",
+        "👩\u200d👩\u200d👧",
+        "👍🏽",
+        "🇨🇳",
+        "❤\ufe0f",
+        "한국어",
+        "ひらがな",
+        "𠀀",
+        "\u0301",
+        "\u200d",
+    ),
 ]
 texts = st.one_of(
     st.lists(st.sampled_from(PIECES), max_size=60).map("".join),
@@ -49,7 +118,7 @@ def sentences(text):
     return [text[a:b].strip() for a, b in pairwise([0, *segments.whole[0]])]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(texts, st.sampled_from(sorted(COUNTERS)), LIMITS, st.integers(0, 2))
 def test_promises_that_hold_for_every_text(text, counter, limit, overlap):
     count = COUNTERS[counter]
@@ -67,30 +136,37 @@ def test_promises_that_hold_for_every_text(text, counter, limit, overlap):
         assert all(a[1] <= b[0] for a, b in pairwise(places))
 
 
-# What must stay in one chunk if it fits: an English word or a number, the opening marks before it aside, with
-# the closing marks that may not open a chunk; a URL; a character as a reader sees it.
+# What must stay in one chunk if it fits together with the closing marks that may not open a chunk: an English
+# word or a number (not one glued to other letters); a URL with what stands around it without a space; a character as a reader sees it.
+_GLUED = r"[\p{L}\p{M}\p{N}_\u200d--[\p{Han}\p{Hiragana}\p{Katakana}]]"
 UNITS = {
-    "word": regex.compile(r"[A-Za-z0-9]+(?:[.'-][A-Za-z0-9]+)*"),
-    "number": regex.compile(r"[0-9]+(?:[.,][0-9]+)*"),
-    "url": regex.compile(r"(?<![!-~])https?://[!-~]+"),
+    "word": regex.compile(
+        rf"(?<!{_GLUED}[.,:'’-]?)(?>[A-Za-z0-9_]+(?:(?:[.'-]|(?<=\d)[,:](?=\d))[A-Za-z0-9_]+)*)"
+        rf"(?![.,:'’-]?{_GLUED})",
+        regex.V1,
+    ),
+    "url": regex.compile(r"[^\s\x1c-\x1f\p{Han}\p{Hiragana}\p{Hangul}\u3000-\uffef]*https://[!-~]+"),
     "grapheme": regex.compile(r"\X"),
 }
 CLINGING = regex.compile(rf"(?:\s*(?:{CLOSING.pattern}))*")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(texts, st.sampled_from(["characters", "bytes"]), LIMITS)
 def test_no_unit_that_fits_is_cut_and_no_chunk_opens_with_a_closing_mark(text, counter, limit):
     count = COUNTERS[counter]
     cuts = [chunk.metadata["start"] for chunk in chunks(text, count=count, limit=limit)][1:]
     for pattern in UNITS.values():
         for unit in pattern.finditer(text):
-            whole = CLINGING.match(text, unit.end()).end()
+            if unit[0][0].isspace():
+                continue  # whitespace is trimmed away, with or without a mark on it
+            alone = CLOSING.match(text, unit.start())
+            whole = unit.end() if alone else CLINGING.match(text, unit.end()).end()
             if count(text[unit.start() : whole]) <= limit:
                 assert not [cut for cut in cuts if unit.start() < cut < whole], unit
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(texts, LIMITS)
 def test_a_sentence_that_fits_is_never_cut(text, limit):
     segments = Segments(text)
@@ -100,21 +176,24 @@ def test_a_sentence_that_fits_is_never_cut(text, limit):
             assert not [cut for cut in cuts if start < cut < end]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([piece for piece in PIECES if "#" not in piece or "Head" in piece])).map("".join))
+@settings(max_examples=3000, deadline=None)
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
 def test_a_heading_does_not_end_a_chunk(text):
+    assume(not regex.search(r"(?:#+ \w+\s*){4}", text))  # four headings alone could fill a chunk
     for chunk in chunks(text, limit=64)[:-1]:
-        last = regex.search(r"[^\r\n]*$", chunk.page_content)[0]
-        assert not last.startswith(("# Heading", "## 标题")) or last not in ("# Heading", "## 标题")
+        assert not regex.search(r"(?:^|\n)(?:# Heading|## 标题)$", chunk.page_content)
 
 
 def test_chinese_and_english_sentences_are_told():
-    text = "他说：“你好！”然后走了。真的吗？！（是的。）好……吧；好\n第二行 See Fig. 3. Mr. J. K. Lee, e.g., paid $2.5 for Qwen2.5."
+    text = "他说：“你好！”然后走了。真的吗？！（是的。）好……吧；好\n第二行 See Fig. 3. "
+    text += "Mr. J. K. Lee, e.g., paid $2.5 for Qwen2.5."
     assert sentences(text) == [
         *("他说：“你好！”", "然后走了。", "真的吗？！", "（是的。）", "好……", "吧；好\n第二行 See Fig. 3."),
         "Mr. J. K. Lee, e.g., paid $2.5 for Qwen2.5.",
     ]
-    assert sentences('He said "Stop!" Then he left... and came back. "Yes." 访问 https://a.com/x?y=1。完。') == [
+    assert sentences(
+        'He said "Stop!" Then he left... and came back. "Yes." 访问 https://a.com/x?y=1。完。'
+    ) == [
         *('He said "Stop!"', "Then he left... and came back.", '"Yes."', "访问 https://a.com/x?y=1。", "完。")
     ]
     assert sentences("Steps:\n1. Open it.\n2. Close it\n- wait\n（一）检查\n| a | b |\n# Next\nText") == [
@@ -126,7 +205,7 @@ def test_chinese_and_english_sentences_are_told():
 @pytest.mark.parametrize(
     ("text", "limit", "expected"),
     [  # paragraph, sentence, line, clause, word, mark in a word, character
-        ("One two.\n\nThree four. Five six. Seven.", 24, ["One two.", "Three four. Five six.", "Seven."]),
+        ("One two.\n\nThree. Four. Five.", 18, ["One two.", "Three. Four. Five."]),
         ("一二三。四五六。\n\n七八九。十。", 13, ["一二三。四五六。", "七八九。十。"]),
         ("一二三四五。六七八九十。", 8, ["一二三四五。", "六七八九十。"]),
         ("ab, cd\nef, gh\nij, kl", 9, ["ab, cd", "ef, gh", "ij, kl"]),
@@ -149,15 +228,29 @@ def test_the_limit_wins_over_closing_marks_and_clusters():
 
 def test_a_heading_starts_its_chunk():
     text = "# 甲\n第一段文字在这里。\n\n## 乙\n第二段文字在这里，更长一些。\n\n## 丙\n第三段。"
-    assert pieces(text, limit=40) == ["# 甲\n第一段文字在这里。", "## 乙\n第二段文字在这里，更长一些。\n\n## 丙\n第三段。"]
-    assert pieces("正文。\n# 甲\n## 乙\n内容内容内容。", limit=18) == ["正文。", "# 甲\n## 乙\n内容内容内容。"]
+    assert pieces(text, limit=40) == [
+        "# 甲\n第一段文字在这里。\n\n## 乙\n第二段文字在这里，更长一些。",
+        "## 丙\n第三段。",
+    ]
+    assert pieces("正文。\n# 甲\n## 乙\n内容内容内容。", limit=18) == [
+        "正文。",
+        "# 甲\n## 乙\n内容内容内容。",
+    ]
     assert pieces("# 标题\n内容内容，内容内容内容。", limit=11) == ["# 标题\n内容内容，", "内容内容内容。"]
 
 
 def test_overlap_repeats_whole_sentences():
     text = "Aa one. Bb two. Cc three. Dd four. Ee five."
-    assert pieces(text, limit=18, overlap=1) == ["Aa one. Bb two.", "Bb two. Cc three.", "Dd four. Ee five."]
-    assert pieces("甲甲。乙乙。丙丙。丁丁。", limit=9, overlap=2) == ["甲甲。乙乙。丙丙。", "乙乙。丙丙。丁丁。"]
+    assert pieces(text, limit=18, overlap=1) == [
+        "Aa one. Bb two.",
+        "Bb two. Cc three.",
+        "Cc three. Dd four.",
+        "Dd four. Ee five.",
+    ]
+    assert pieces("甲甲。乙乙。丙丙。丁丁。", limit=9, overlap=2) == [
+        "甲甲。乙乙。丙丙。",
+        "乙乙。丙丙。丁丁。",
+    ]
 
 
 def test_metadata_is_carried_and_pages_become_the_page():
@@ -199,7 +292,17 @@ def qwen():
     return lambda text: max(len(each.encode(text)) for each in tokenizers)
 
 
-ENGLISH_WORDS = "the returns policy applies within thirty days unless Tidewright barometers VLR customisation I".split()
+ENGLISH_WORDS = [
+    "the",
+    "returns",
+    "policy",
+    "within",
+    "Tidewright",
+    "barometers",
+    "VLR",
+    "customisation",
+    "I",
+]
 plain_texts = st.lists(
     st.one_of(
         st.sampled_from(ENGLISH_WORDS),
@@ -207,13 +310,15 @@ plain_texts = st.lists(
         st.sampled_from("，。！？、；：“”（）《》…—.,!?;:()[]'\"-/%&#@+=<>*"),
         st.integers(0, 10**9).map(str),
         st.sampled_from([" ", " ", "\n", "  ", "\t", "\r\n"]),
-        st.characters(min_codepoint=0x80, exclude_categories=["Cs"]).filter(lambda c: not regex.match(r"\p{Han}", c)),
+        st.characters(min_codepoint=0x80, exclude_categories=["Cs"]).filter(
+            lambda c: not regex.match(r"\p{Han}", c)
+        ),
     ),
     max_size=60,
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(text=plain_texts)
 def test_the_conservative_count_is_not_exceeded_by_real_tokenizers(qwen, text):
     assert qwen(text) <= conservative_count(text)
@@ -223,7 +328,7 @@ def test_the_conservative_count_on_natural_text(qwen):
     folder = Path(__file__).parents[2].parent / "shared/data/xquad"
     if not folder.exists():
         pytest.skip("XQuAD is not beside the project")
-    for language, most in (("en", 2.2), ("zh", 4.5)):
+    for language, most in (("en", 2.8), ("zh", 4)):
         data = json.loads((folder / f"{language}.json").read_text(encoding="utf-8"))["data"]
         texts = [paragraph["context"] for article in data for paragraph in article["paragraphs"]]
         true, bound = [qwen(text) for text in texts], [conservative_count(text) for text in texts]

@@ -85,7 +85,8 @@ def test_html_gives_its_visible_text_in_its_own_charset(tmp_path, charset):
     path.write_bytes(html.encode(charset))
     document = only(path)
     assert document.page_content == (
-        f"## {title}\n\nQwen2.5 costs 2.5 dollars.\nCall us.\n\n- one\n- two\n\na | b\n1 | 2\n\n  kept\n    as it is"
+        f"## {title}\n\nQwen2.5 costs 2.5 dollars.\nCall us.\n\n- one\n- two\n\n"
+        "a | b\n1 | 2\n\n  kept\n    as it is"
     )
     assert "encoding_guessed" not in document.metadata
 
