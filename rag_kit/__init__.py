@@ -1,17 +1,20 @@
 """Is my LoRA worth it? Fine-tune, index, answer, switch and compare, with evidence.
 
-Every name below is loaded when it is first used, so that `import rag_kit` costs next to nothing.
+Every name below is loaded when it is first used, so that `import rag_kit` costs next to nothing. The two
+verbs that share their room's name are taken from it: `from rag_kit.compare import compare`,
+`from rag_kit.finetune import finetune`.
 """
+
+from __future__ import annotations  # an old Python must get as far as the sentence that it is too old
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rag_kit.compare.compare import Arm, compare
+    from rag_kit.compare.compare import Arm
     from rag_kit.compare.comparison import Comparison
     from rag_kit.data.loaders import load_documents, sample_handbook
     from rag_kit.data.questions import load_questions
-    from rag_kit.finetune.train import finetune
     from rag_kit.index.embeddings import load_embeddings
     from rag_kit.index.store import build_index, open_store
     from rag_kit.models.lora import LoRALanguageModel
@@ -30,8 +33,6 @@ _HOME = {
     "RAGHandler": "rag",
     "Settings": "settings",
     "build_index": "index.store",
-    "compare": "compare.compare",
-    "finetune": "finetune.train",
     "load_documents": "data.loaders",
     "load_embeddings": "index.embeddings",
     "load_model": "models.reference",
@@ -50,8 +51,6 @@ __all__ = [
     "RAGHandler",
     "Settings",
     "build_index",
-    "compare",
-    "finetune",
     "load_documents",
     "load_embeddings",
     "load_model",

@@ -29,7 +29,8 @@ def language() -> str:
     chosen = _process_language or os.environ.get("RAG_KIT_LANG", "").lower()
     if chosen in LANGUAGES:
         return chosen
-    return "zh" if (getlocale()[0] or os.environ.get("LANG", "")).lower().startswith("zh") else "en"
+    named = next((os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)), "")
+    return "zh" if (named or getlocale()[0] or "").lower().startswith(("zh", "chinese")) else "en"
 
 
 def use_language(lang: str) -> None:

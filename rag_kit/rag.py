@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rag_kit.data.language import detect_language
-from rag_kit.errors import ModelError, RagKitError, message
+from rag_kit.errors import ModelError, RagKitError, ServiceError, message
 from rag_kit.manifest import fingerprint
-from rag_kit.models.adapters import find_adapters
+from rag_kit.models.adapters import adapter_folders
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.prompt import build_messages
-from rag_kit.models.reference import canonical, is_local, load_model
+from rag_kit.models.reference import load_model
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
+    from langchain_core.messages import AIMessageChunk, BaseMessage
 
     from rag_kit.index.hit import Hit
     from rag_kit.index.store import FaissStore
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rag_kit.rag")
 
 TOP_K = 4
-_CITED = re.compile(r"[\[【［]\s*(\d{1,3})\s*[\]】］]")
+_CITED = re.compile(r"[\[【［〔]\s*(\d{1,3}(?:\s*[,，、;；]\s*\d{1,3})*)\s*[\]】］〕]")
 _GREETING = re.compile(
-    r"^\W*(hi|hello|hey|good (morning|afternoon|evening)|你好|您好|嗨|哈喽|早上好|下午好|晚上好)?\W*"
-    r"((please )?(introduce yourself|who are you|what can you do)|"
-    r"请?(简单)?介绍(一下)?(你|您)?自己|你是谁|你能做什么)?\W*$",
+    r"(hi( there)?|hello|hey|good (morning|afternoon|evening)|"
+    r"你好[吗呀啊]?|您好|嗨|哈喽|早上好|下午好|晚上好)?\W*"
+    r"((please |can you |could you )*(introduce yourself|tell me about yourself|who are you|what can you do)|"
+    r"(请|能|可以)*(简单|简短)?地?(用一句话)?介绍(一下|下)?(你|您)?自己|(你|您)(是谁|叫什么(名字)?|能做什么))?(吗|吧)?",
     re.IGNORECASE,
 )
 
@@ -78,14 +80,15 @@ class Answer:
 
 
 def citations_in(text: str, sources: int) -> tuple[int, ...]:
-    """Return the numbers of sources cited in `text` as `[1]`, `【1】` or `［1］`, in order, once each."""
-    numbers = (int(found) for found in _CITED.findall(text))
+    """Return the numbers of sources cited in `text`, as `[1]`, `【1】` or `[1, 2]`, in order, once each."""
+    numbers = (int(number) for found in _CITED.findall(text) for number in re.findall(r"\d+", found))
     return tuple(dict.fromkeys(number for number in numbers if 1 <= number <= sources))
 
 
 def is_greeting(text: str) -> bool:
     """Whether `text` is nothing but a greeting or a request to introduce oneself."""
-    return bool(text.strip()) and bool(_GREETING.match(text.strip()))
+    words = re.sub(r"^\W+|\W+$", "", text)
+    return bool(words) and bool(_GREETING.fullmatch(words))
 
 
 def answer(model: BaseChatModel, question: str, passages: Sequence[Hit] = (), **how: Any) -> Answer:
@@ -112,25 +115,30 @@ def stream_answer(
     language = language or detect_language(question)
     texts = [hit.document.page_content for hit in passages]
     messages = build_messages(question, texts, language=language, history=history)
+    reference = reference or str(getattr(model, "model", "") or type(model).__name__)
     start, first, whole = time.perf_counter(), None, None
-    for chunk in model.stream(messages, **_request(model, options)):
+    text = held = ""  # blank space at the end of a piece waits: none ends the answer
+    for chunk in _chunks(model, messages, options, reference):
         if first is None and (chunk.text or chunk.additional_kwargs.get("reasoning_content")):
             first = time.perf_counter() - start
         whole = chunk if whole is None else whole + chunk
-        if chunk.text:
-            yield str(chunk.text)
+        held += str(chunk.text)
+        piece = held.rstrip() if text else held.strip()
+        if piece:
+            held = held[len(held.rstrip()) :]
+            text += piece
+            yield piece
     total = time.perf_counter() - start
     if whole is None:
-        raise ModelError("empty_stream", reference=reference or type(model).__name__)
+        raise ModelError("empty_stream", reference=reference)
     told = whole.response_metadata
-    usage = {
-        k: int(v) for k, v in (whole.usage_metadata or {}).items() if k in ("input_tokens", "output_tokens")
-    }
+    counts = whole.usage_metadata
+    usage = {name: counts[name] for name in ("input_tokens", "output_tokens")} if counts else {}  # type: ignore[literal-required]
     timings = {"total_s": total} | ({} if first is None else {"first_token_s": first})
-    text = str(whole.text).strip()
     yield Answer(
         text=text,
-        model=reference or str(getattr(model, "model", "") or type(model).__name__),
+        # a local model tells which adapter `lora` was
+        model=str(told["model_name"]) if told.get("model_provider") == "rag-kit" else reference,
         sources=tuple(passages),
         citations=citations_in(text, len(passages)),
         reasoning=str(whole.additional_kwargs.get("reasoning_content", "")),
@@ -141,11 +149,30 @@ def stream_answer(
     )
 
 
+def _chunks(
+    model: BaseChatModel, messages: Sequence[BaseMessage], options: GenerationOptions | None, reference: str
+) -> Iterator[AIMessageChunk]:
+    """Yield the model's chunks; what a provider's own package raises becomes a ServiceError."""
+    try:
+        yield from model.stream(list(messages), **_request(model, options))
+    except RagKitError:
+        raise
+    except Exception as error:
+        if _is_ours(model):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ServiceError("provider_broke", reference=reference, reason=reason) from error
+
+
+def _is_ours(model: BaseChatModel) -> bool:
+    return type(model).__module__.startswith("rag_kit.")
+
+
 def _request(model: BaseChatModel, options: GenerationOptions | None) -> dict[str, Any]:
     """Return the keywords that carry `options` to this kind of model."""
     if options is None:
         return {}
-    if "rag_kit" in type(model).__module__:
+    if _is_ours(model):
         return {"options": options}
     request = {
         "temperature": options.temperature,
@@ -250,7 +277,8 @@ class RAGHandler:
         retrieval_s = time.perf_counter() - start
         options = options or GenerationOptions.from_settings(self.settings)
         failures: list[RagKitError] = []
-        for reference in [model] if model else self._line():
+        line = [model] if model else self._line()
+        for reference in line:
             try:
                 load_s = self._load(reference)
                 asked, notes = self._speakable(question, reference, language, greeting)
@@ -263,9 +291,7 @@ class RAGHandler:
                 continue
             if failures:
                 reason = " ".join(failures[0].text(language))
-                note = message(
-                    "degraded_model", lang=language, wanted=self.reference, used=reference, reason=reason
-                )
+                note = message("degraded_model", lang=language, wanted=line[0], used=reference, reason=reason)
                 degraded.append(note)
             timings = {"retrieval_s": retrieval_s, "load_s": load_s}
             yield from self._finished(first, pieces, degraded + notes, timings, language, greeting)
@@ -291,11 +317,9 @@ class RAGHandler:
                 remark = "\n\n" + message("no_source_used", lang=language)
                 text += remark
                 yield remark
-            used = canonical(piece.model, self.settings) if is_local(piece.model) else piece.model
             yield replace(
                 piece,
                 text=text,
-                model=used,
                 timings=timings | (piece.timings or {}),
                 degraded=(*degraded, *piece.degraded),
             )
@@ -327,7 +351,7 @@ class RAGHandler:
         return {
             "base_model": self.settings.base_model_name,
             "lora_model_path": str(raw("lora_model_path")),
-            "lora_exists": bool(find_adapters(self.settings.lora_model_path)),
+            "lora_exists": bool(adapter_folders(self.settings.lora_model_path)),
             "using_lora": self.reference.startswith("lora"),
             "cache_dir": None if cache_dir is None else str(cache_dir),
             "vector_store_path": str(raw("vector_store_path")),

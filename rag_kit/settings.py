@@ -5,7 +5,6 @@ come from arguments, else the environment, else `.env` in the root, else the pro
 `start` is what every entry point calls first; nothing happens at import.
 """
 
-import difflib
 import logging
 import os
 import platform
@@ -14,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
+from rag_kit.envfile import judge_keys, read_env_file
 from rag_kit.errors import SettingsError, message, use_language
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -120,7 +119,7 @@ class Settings(BaseSettings):
         for name in overrides.keys() - cls.model_fields.keys():
             names = ", ".join(cls.model_fields).upper()
             raise SettingsError("setting_unknown", name=name, names=names)
-        entries = _read_env_file(root / ".env")
+        entries = read_env_file(root / ".env")
         lines = {key.lower(): line for key, (_, line) in entries.items()}
         given: dict[str, tuple[Any, str]] = {
             name: (value, "argument") for name, value in overrides.items() if value not in (None, "")
@@ -147,7 +146,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise SettingsError("setting_invalid", problems=_problems(cls, error, given)) from None
         settings._root, settings._given = root, given
-        settings._foreign, settings._warnings = _judge_foreign(cls, entries)
+        settings._foreign, settings._warnings = judge_keys(entries, cls.model_fields)
         return settings
 
     @property
@@ -247,45 +246,6 @@ def _absolute(root: Path, value: str | Path) -> Path:
 
 def _is_checkout(folder: Path) -> bool:
     return (folder / "pyproject.toml").is_file() and (folder / "rag_kit" / "settings.py").is_file()
-
-
-def _read_env_file(path: Path) -> dict[str, tuple[str | None, int]]:
-    """Return (value, line number) by key as written; a line that cannot be parsed has the key ''."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            bindings = list(parse_stream(file))
-    except UnicodeDecodeError:
-        raise SettingsError("env_file_encoding", path=path) from None
-    entries: dict[str, tuple[str | None, int]] = {}
-    for binding in bindings:
-        # A binding's text begins with the blank lines before it.
-        text = binding.original.string
-        line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-        if binding.key or binding.error:
-            entries[binding.key or ""] = (binding.value, line)
-    return entries
-
-
-def _judge_foreign(
-    cls: type[Settings], entries: dict[str, tuple[str | None, int]]
-) -> tuple[dict[str, str], list[tuple[str, dict[str, Any]]]]:
-    """Tell keys of other programs, which are passed on, from misspelt ones, which are warned of."""
-    foreign: dict[str, str] = {}
-    warnings: list[tuple[str, dict[str, Any]]] = []
-    for key, (value, line) in entries.items():
-        name = key.lower()
-        if not key:
-            warnings.append(("env_line_unreadable", {"line": line}))
-        elif name not in cls.model_fields:
-            near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.75)
-            if near and name not in ("all_proxy", "ftp_proxy"):
-                told = {"written": key, "line": line, "near": near[0].upper()}
-                warnings.append(("env_key_misspelt", told))
-            elif value:
-                foreign[key] = value
-    return foreign, warnings
 
 
 def _check_place(name: str, value: object, origin: str) -> None:

@@ -1,4 +1,4 @@
-"""Rules of the whole house, read from its own files: who imports whom, what an import does, which words exist."""
+"""Rules of the whole house, read from its own files: who imports whom, what an import does, its words."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rag_kit"
 # From the ground up; rooms of one floor do not import each other, but for those of the ground floor.
 FLOORS = [
-    {"errors", "settings", "manifest", "embedded", "e5s1", "network"},
+    {"errors", "settings", "envfile", "manifest", "embedded", "e5s1", "network"},
     {"data"},
     {"models", "index"},
     {"finetune", "rag"},
@@ -179,11 +179,13 @@ def test_every_text_stands_once_in_both_languages_with_the_same_fields() -> None
         assert type(entry["en"]) is type(entry["zh"]), key
         assert fields(entry["en"]) == fields(entry["zh"]), key
         for text in [*texts(entry["en"]), *texts(entry["zh"])]:
-            assert text.strip() == text and text, key
+            assert text.strip(), key
         if isinstance(entry["en"], list):
             assert len(entry["en"]) == len(entry["zh"]) == 2, key
-        assert re.search(r"[\u4e00-\u9fff]", "".join(texts(entry["zh"]))), key
-        assert not re.search(r"[\u4e00-\u9fff]", "".join(texts(entry["en"]))), key
+        chinese = re.sub(r"rag-kit|{.*?}", "", "".join(texts(entry["zh"])))
+        assert re.search(r"[\u4e00-\u9fff]", chinese) or not re.search("[a-z]{3}", chinese), key
+        english = "".join(texts(entry["en"]))  # which may name a Chinese heading
+        assert len(re.findall(r"[\u4e00-\u9fff]", english)) < len(english) / 5, key
 
 
 def test_every_key_that_is_asked_for_exists_and_gets_its_values() -> None:
@@ -266,11 +268,9 @@ def test_the_house_stays_small(capsys: pytest.CaptureFixture[str]) -> None:
         told = ", ".join(
             f"{room} {count}" for room, count in sorted(rooms.items(), key=lambda item: -item[1])
         )
-        print(f"\nrag_kit: {sum(lines.values())} lines ({told})")
-        print(
-            "over 300: "
-            + (", ".join(f"{p.relative_to(ROOT)} {n}" for p, n in lines.items() if n > 300) or "none")
-        )
+        long = [f"{path.relative_to(ROOT)} {count}" for path, count in lines.items() if count > 300]
+        sys.stdout.write(f"\nrag_kit: {sum(lines.values())} lines ({told})\n")
+        sys.stdout.write(f"over 300: {', '.join(long) or 'none'}\n")
     assert sum(lines.values()) < 9000
 
 

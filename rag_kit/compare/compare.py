@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 from rag_kit.compare.comparison import Comparison
 from rag_kit.compare.rows import RECALL_AT, answered_row, failed_row
 from rag_kit.compare.run import FrozenContext, Run, freeze
-from rag_kit.errors import AdapterNotFoundError, DataError, ModelError, ServiceError
+from rag_kit.errors import DataError, ModelError, RagKitError, ServiceError
 from rag_kit.manifest import fingerprint, sha256
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def compare(
     the same `top_k`. With a `run_folder` each row is on disk before the next question is asked; called
     again with the same arguments, finished rows are kept and only missing or failed ones are done. A
     model, index or question that fails becomes rows with an `error` and without scores; the rest goes
-    on. `load` and `ask` stand in for `rag_kit.models.load_model` and `rag_kit.rag.answer`. Raises
+    on. `load` and `ask` stand in for `rag_kit.models.reference.load_model` and `rag_kit.rag.answer`. Raises
     DataError where the arguments do not fit together, or the folder holds another comparison.
     """
     columns = list(dict.fromkeys(arm if isinstance(arm, Arm) else Arm.parse(arm) for arm in arms))
@@ -158,7 +158,7 @@ def _identity(reference: str, settings: "Settings | None") -> tuple[str, str | N
         adapter = named_adapter(name, settings) if name else default_adapter(settings)
         weights = sha256(adapter.folder / WEIGHTS)
         return f"lora:{adapter.name}", f"{weights} ({settings.base_model_name})"
-    except (AdapterNotFoundError, ModelError):
+    except ModelError:
         return reference, None  # its rows will say why
 
 
@@ -220,7 +220,7 @@ def _answers(
 
 def _reason(error: Exception) -> str:
     """What the row says: our errors bring their hint, others their kind."""
-    return str(error) if hasattr(error, "hint") else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, RagKitError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _checked(
     problems: list[DataError] = []
     seen: dict[str, int] = {}
     for line, record in records:
-        where = {"line": line, "id": record.get("id", "?")}
+        where = {"line": line, "id": record.get("id") or "?"}
         faults = list(_field_faults(record, where))
         if not faults:
             question = _question(record)

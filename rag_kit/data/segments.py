@@ -38,7 +38,7 @@ _STARTS_ITEM = regex.compile(
 )
 _HEADING = regex.compile(r"(?m)^[ ]{0,3}#{1,6}[ \t]+\S[^\r\n]*$")
 # A run without spaces is one word, a URL therefore too; a Chinese character is one by itself.
-_WORD = regex.compile(rf"[^\s\x1c-\x1f{_CJK}]+|\X")
+_WORD = regex.compile(rf"[^\s\x1c-\x1f“”…—{_CJK}]+|\X")
 _PART = regex.compile(
     r"[\p{L}\p{M}\p{N}_--[\p{Han}\p{Hiragana}\p{Katakana}]]+"
     r"(?:(?:[.'’-]|(?<=\d)[,:](?=\d))[\p{L}\p{M}\p{N}_--[\p{Han}\p{Hiragana}\p{Katakana}]]+)*|\X",
@@ -54,8 +54,8 @@ class Level(IntEnum):
     SENTENCE = 2
     LINE = 3
     CLAUSE = 4
-    WORD = 5
-    PART = 6  # at the marks inside a word without spaces, as in a long URL; from here on behind a heading too
+    WORD = 5  # from here on behind a heading too: a word that fits is not cut for its sake
+    PART = 6  # at the marks inside a word without spaces, as in a long URL
     CHARACTER = 7  # a character as a reader sees it (grapheme cluster)
     FORCED = 8  # before a closing mark: only where the limit leaves no other way
     CODE_POINT = 9
@@ -108,14 +108,14 @@ class Segments:
         if level == Level.FORCED:
             found = sorted({self._skip(offset) for offset in offsets})
         else:
-            found = sorted(set(self._clean(offsets, behind_heading=level >= Level.PART)))
+            found = sorted(set(self._clean(offsets, behind_heading=level >= Level.WORD)))
         if level == Level.WORD:  # a word takes its opening marks along
             found = [stop for stop in found if not _OPENING.match(self.text, stop - 1)]
         self._finer[level] = found
         return found
 
     def _clean(self, offsets: Iterable[int], *, behind_heading: bool = False) -> Iterator[int]:
-        """Yield the stops at `offsets`, less those before a closing mark and mostly those behind a heading."""
+        """Yield the stops at `offsets`, less those before a closing mark or (by default) behind a heading."""
         for offset in offsets:
             stop = self._skip(offset)
             allowed = behind_heading or stop not in self._behind_heading

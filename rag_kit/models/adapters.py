@@ -187,7 +187,8 @@ def check_fit(adapter: Adapter, base: Base) -> None:
     try:
         config = LoraConfig.from_pretrained(str(adapter.folder))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
+            base_config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(base_config)
             made = get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ModelError("adapter_misfit", **told, reason=first_line(error)) from error

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rag_kit.settings import Settings
 
 EMBEDDED = "embedded"
+SPEAKS: dict[str, tuple[str, ...]] = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("en",)}
 PROBED = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
 PROBE_TOLERANCE = 0.005  # relative; rounding to bf16 moves a value by at most 0.002
 
@@ -37,11 +38,11 @@ class Base:
         return _fingerprint(self.folder)
 
     def languages(self) -> tuple[str, ...]:
-        """Return the languages that the folder says the model speaks; empty where it does not say."""
-        origin = self.folder / embedded.ORIGIN
-        if not origin.is_file():
-            return ()
-        return tuple(json.loads(origin.read_text(encoding="utf-8")).get("languages", ()))
+        """Return the languages that the model speaks; empty where that is not known."""
+        origin, name = self.folder / embedded.ORIGIN, self.name
+        if origin.is_file():
+            name = json.loads(origin.read_text(encoding="utf-8")).get("model", name)
+        return SPEAKS.get(name, ())
 
 
 def resolve_base(name: str, settings: Settings) -> Base:
@@ -82,8 +83,8 @@ def _model_folder(folder: Path, name: str) -> Path:
 def _fingerprint(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     sizes = (
         "hidden_size",
         "intermediate_size",

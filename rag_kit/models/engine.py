@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_kit.errors import ModelError
+from rag_kit.models.adapters import BASE_COPY, Adapter, check_fit, first_line
+from rag_kit.models.base import Base
 from rag_kit.models.device import Device
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import end_ids
@@ -47,10 +50,11 @@ class Generation:
 class TransformersEngine:
     """A causal language model of transformers with PEFT adapters.
 
-    `folder` is a Hugging Face model folder; `load_s` is the seconds that loading took.
+    `load_s` is the seconds that loading took; `own_generation_config` is what the base's maker suggests,
+    shown and never applied; `adapters` are the folders of the adapters in memory by key.
     """
 
-    def __init__(self, folder: Path, device: Device) -> None:
+    def __init__(self, base: Base, device: Device) -> None:
         import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -58,27 +62,30 @@ class TransformersEngine:
 
         start = time.perf_counter()
         disable_progress_bar()  # seconds at most; a bar in every notebook would be noise
-        self.folder, self.device = folder, device
+        self.base, self.device = base, device
         self.lock = threading.RLock()
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
             self._model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                base.folder,
                 dtype=device.torch_dtype,
                 quantization_config=_quantization(device),
                 device_map=device.name if device.quantization else None,
+                use_safetensors=True,  # the other format is a pickle
+                trust_remote_code=False,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError("base_unreadable", path=folder, reason=_first_line(error)) from error
+            raise ModelError("base_unreadable", path=base.folder, reason=first_line(error)) from error
         if device.quantization is None:  # quantised weights are placed as they are loaded
             self._model.to(device.name)
         self._model.eval().requires_grad_(False)
-        # The base's own sampling values are shown, never applied behind the options' back.
         self.own_generation_config: dict[str, Any] = self._model.generation_config.to_diff_dict()
         self.end_ids = end_ids(self.tokenizer, self._model.generation_config)
         self._model.generation_config = GenerationConfig()
         self.context_length = int(self._model.config.max_position_embeddings)
         self.adapters: dict[str, Path] = {}
+        self._held: Counter[str] = Counter()
+        self._active: str | None = None
         self._torch = torch
         self.load_s = time.perf_counter() - start
 
@@ -91,65 +98,89 @@ class TransformersEngine:
         """Return the bytes of all weights in memory, adapters included."""
         return int(sum(p.nbytes for p in self._model.parameters()))
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Add a LoRA adapter under `name`; does nothing where it is there already.
+    def load_adapter(self, adapter: Adapter) -> str:
+        """Bring `adapter` into memory, unless it is there, and return its key.
 
-        Raises ModelError where the adapter's tensors do not fit the base.
+        Raises ModelError where its tensors do not fit the base; the engine is then as it was.
         """
+        key = adapter.key
+        files = None if key in self.adapters else self._read(adapter)
         with self.lock:
-            if self.adapters.get(name) == folder:
-                return
-            from peft import PeftModel
-            from peft.utils.save_and_load import load_peft_weights
+            if key not in self.adapters:
+                self._add(key, *(files or self._read(adapter)))
+            self.adapters[key] = self.adapters.pop(key, adapter.folder)  # the newest of its folder is last
+            self._drop_replaced()
+        return key
 
-            expected = set(load_peft_weights(str(folder), device="cpu"))
-            try:
-                if not self.adapters:
-                    self._model = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
-                else:
-                    if name in self.adapters:
-                        self._model.delete_adapter(name)
-                    self._model.load_adapter(folder, adapter_name=name)
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ModelError(
-                    "adapter_misfit", adapter=folder, base=self.folder, reason=_first_line(error)
-                ) from error
-            self._model.eval().requires_grad_(False)
-            self.adapters[name] = folder
-            self._check_loaded(name, folder, expected)
+    def _read(self, adapter: Adapter) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Return configuration and weights of an adapter that is known to fit."""
+        from peft import LoraConfig
+        from peft.utils.save_and_load import load_peft_weights
 
-    def _check_loaded(self, name: str, folder: Path, expected: set[str]) -> None:
-        """PEFT stays silent on tensors that found no place: compare what it holds with the file."""
-        from peft import get_peft_model_state_dict
+        check_fit(adapter, self.base)  # before the model is touched: PEFT leaves a failed one in the layers
+        weights = load_peft_weights(str(adapter.folder), device="cpu")
+        own = {name: tensor for name, tensor in weights.items() if not name.endswith(BASE_COPY)}
+        return LoraConfig.from_pretrained(str(adapter.folder), inference_mode=True), own
 
-        held = set(get_peft_model_state_dict(self._model, adapter_name=name))
-        if held != expected:
-            del self.adapters[name]
-            self._model.delete_adapter(name)
-            missing = sorted(held ^ expected)[0]
-            raise ModelError("adapter_misfit", adapter=folder, base=self.folder, reason=missing)
+    def _add(self, key: str, config: Any, weights: dict[str, torch.Tensor]) -> None:
+        from peft import PeftModel, set_peft_model_state_dict
+
+        if self.adapters:
+            self._model.add_adapter(key, config)
+        else:
+            self._model = PeftModel(self._model, config, adapter_name=key)
+        set_peft_model_state_dict(self._model, weights, adapter_name=key)
+        self._model.eval().requires_grad_(False)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Switch every adapter off, whatever PEFT made active."""
+        self._model.base_model.disable_adapter_layers()
+        self._active = None
+
+    @contextmanager
+    def holding(self, adapter: Adapter | None) -> Iterator[str | None]:
+        """Have `adapter` in memory for the block; yields its key, None for the base itself."""
+        if adapter is None:
+            yield None
+            return
+        self.load_adapter(adapter)  # the slow part, without the lock
+        with self.lock:
+            key = self.load_adapter(adapter)
+            self._held[key] += 1
+        try:
+            yield key
+        finally:
+            with self.lock:
+                self._held[key] -= 1
+                self._drop_replaced()
+
+    def _drop_replaced(self) -> None:
+        """Delete adapters that were trained anew in their folder, once no request holds them."""
+        newest = {folder: key for key, folder in self.adapters.items()}
+        for key, folder in list(self.adapters.items()):
+            if newest[folder] != key and not self._held[key]:
+                del self.adapters[key]
+                self._model.delete_adapter(key)
+                self._rest()
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[Any]:
-        """Hold the model with `adapter` active (None: the base itself) for one step."""
+        """Hold the model with the adapter of this key active (None: the base itself) for one step."""
         with self.lock:
-            if not self.adapters:
+            if adapter is not None and adapter not in self.adapters:
+                raise ModelError("adapter_unknown", adapter=adapter, known=", ".join(self.adapters) or "-")
+            if adapter != self._active:
+                self._rest()
                 if adapter is not None:
-                    raise ModelError("adapter_unknown", adapter=adapter, known="-")
-                yield self._model
-            elif adapter is None:
-                with self._model.disable_adapter():
-                    yield self._model
-            elif adapter not in self.adapters:
-                raise ModelError("adapter_unknown", adapter=adapter, known=", ".join(self.adapters))
-            else:
-                if self._model.active_adapters != [adapter]:
+                    self._model.base_model.enable_adapter_layers()
                     self._model.set_adapter(adapter)
-                yield self._model
+                    self._active = adapter
+            yield self._model
 
     def generate(
         self, ids: Sequence[int], adapter: str | None, options: GenerationOptions, state: Generation
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Yield the ids of new tokens, the end mark left out; fills `state` as it goes.
 
         Setting `state.cancelled` ends it after the current token, as does closing the iterator. Raises
@@ -192,7 +223,8 @@ class TransformersEngine:
         """Return the float32 logits of every position of `ids`, shape (len(ids), vocabulary)."""
         with self.using(adapter) as model, self._torch.inference_mode():
             tensor = self._torch.tensor([list(ids)], device=self.device.name)
-            return model(input_ids=tensor).logits[0].float().cpu()
+            logits: torch.Tensor = model(input_ids=tensor).logits[0].float().cpu()
+            return logits
 
     def effect(self, adapter: str) -> float:
         """Return the largest difference of logits between `adapter` and the base on a probe text."""
@@ -223,7 +255,7 @@ class _Chooser:
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the chosen id, shape (1, 1)."""
-        scores = self._processors(ids, logits)
+        scores: torch.Tensor = self._processors(ids, logits)
         if self._greedy:
             return scores.argmax(dim=-1, keepdim=True)
         probabilities = self._torch.softmax(scores, dim=-1)
@@ -231,7 +263,7 @@ class _Chooser:
 
 
 def _quantization(device: Device) -> Any:
-    """Return transformers' configuration for int8 weights (LLM.int8() of bitsandbytes), or None."""
+    """Return transformers' configuration for int8 (LLM.int8()) or int4 (NF4) weights, or None."""
     if device.quantization is None:
         return None
     if not find_spec("bitsandbytes"):
@@ -240,9 +272,8 @@ def _quantization(device: Device) -> Any:
 
     # It says for every layer that activations are rounded to fp16, which is what LLM.int8() means.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if device.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=device.torch_dtype
+    )

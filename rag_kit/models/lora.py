@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
@@ -27,23 +30,30 @@ from rag_kit.models.render import Rendered, render
 from rag_kit.models.textstream import StopStrings, ThinkSplitter, TokenDecoder
 from rag_kit.settings import Settings, get_settings
 
-_engines: dict[tuple[str, Device], TransformersEngine] = {}
+_engines: WeakValueDictionary[tuple[Path, Device], TransformersEngine] = WeakValueDictionary()
+_latest: list[TransformersEngine] = []
 _engines_lock = threading.Lock()
 
 
 def engine_for(base: Base, device: Device) -> TransformersEngine:
-    """Return the engine that holds `base` in memory, loading it at first use; shared by all models."""
-    key = (str(base.folder), device)
+    """Return the engine that holds `base` in memory, loading it at first use; shared by all models.
+
+    One base stays in memory: another goes with the last model that uses it.
+    """
+    key = (base.folder, device)
     with _engines_lock:
-        if key not in _engines:
-            _engines[key] = TransformersEngine(base.folder, device)
-        return _engines[key]
+        engine = _engines.get(key)
+        if engine is None:
+            _latest.clear()  # before the next one is loaded, so that both need not fit
+            engine = _engines[key] = TransformersEngine(base, device)
+        _latest[:] = [engine]
+        return engine
 
 
 def release_engines() -> None:
-    """Drop every base from memory; models that still use one keep it until they go."""
+    """Let the base in memory go; models that still use one keep it until they go."""
     with _engines_lock:
-        _engines.clear()
+        _latest.clear()
 
 
 class LoRALanguageModel(BaseChatModel):
@@ -66,7 +76,7 @@ class LoRALanguageModel(BaseChatModel):
     timeout: float | None = None
     settings: Settings = Field(default_factory=get_settings, exclude=True, repr=False)
     _base: Base | None = PrivateAttr(default=None)
-    _adapters: dict[str, Adapter] = PrivateAttr(default_factory=dict)
+    _engine: TransformersEngine | None = PrivateAttr(default=None)
 
     @property
     def _llm_type(self) -> str:
@@ -96,7 +106,9 @@ class LoRALanguageModel(BaseChatModel):
     @property
     def engine(self) -> TransformersEngine:
         """The engine with the base in memory; the first call loads it (seconds)."""
-        return engine_for(self.base_model, choose_device(self.settings))
+        if self._engine is None:
+            self._engine = engine_for(self.base_model, choose_device(self.settings))
+        return self._engine
 
     @property
     def base_model(self) -> Base:
@@ -106,28 +118,21 @@ class LoRALanguageModel(BaseChatModel):
         return self._base
 
     def adapter(self, reference: str | None = None) -> Adapter | None:
-        """Return the adapter that `reference` names, checked against the base; None for `base`."""
+        """Return the adapter that `reference` names now, checked against the base; None for `base`."""
         reference = reference or self.model
         kind, _, name = reference.partition(":")
         if reference == "base":
             return None
         if kind != "lora":
             raise ModelError("reference_not_local", reference=reference)
-        if reference not in self._adapters:
-            found = named_adapter(name, self.settings) if name else default_adapter(self.settings)
-            found.check_base(self.base_model)
-            self._adapters[reference] = found
-        return self._adapters[reference]
+        found = named_adapter(name, self.settings) if name else default_adapter(self.settings)
+        found.check_base(self.base_model)
+        return found
 
     def load(self, reference: str | None = None) -> str | None:
-        """Bring the base and the adapter into memory; return the engine's name of the adapter."""
-        adapter = self.adapter(reference)
-        if adapter is None:
-            self.engine  # noqa: B018  (loads)
-            return None
-        key = f"{adapter.name}@{adapter.folder}"
-        self.engine.load_adapter(key, adapter.folder)
-        return key
+        """Bring the base and the adapter into memory; return the engine's key of the adapter."""
+        adapter, engine = self.adapter(reference), self.engine
+        return None if adapter is None else engine.load_adapter(adapter)
 
     def render(self, messages: list[BaseMessage]) -> Rendered:
         """Return the token ids that `messages` become for this base."""
@@ -154,14 +159,10 @@ class LoRALanguageModel(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         reference = model or self.model
         options = (options or self.options()).updated(stop=tuple(stop) if stop else None)
-        adapter = self.load(reference)
+        adapter, engine = self.adapter(reference), self.engine
         prompt = self.render(messages)
         state = Generation(timeout=self.timeout)
-        decoder, stops, think = (
-            TokenDecoder(self.engine.tokenizer),
-            StopStrings(options.stop),
-            ThinkSplitter(),
-        )
+        decoder, stops, think = TokenDecoder(engine.tokenizer), StopStrings(options.stop), ThinkSplitter()
 
         def chunk(piece: str) -> ChatGenerationChunk | None:
             reasoning, text = think.feed(piece)
@@ -170,8 +171,11 @@ class LoRALanguageModel(BaseChatModel):
             extra = {"reasoning_content": reasoning} if reasoning else {}
             return ChatGenerationChunk(message=AIMessageChunk(content=text, additional_kwargs=extra))
 
-        tokens = self.engine.generate(prompt.ids, adapter, options, state)
-        try:
+        # The consumer may stop listening at any time: then the engine stops too.
+        with (
+            engine.holding(adapter) as key,
+            closing(engine.generate(prompt.ids, key, options, state)) as tokens,
+        ):
             for token in tokens:
                 new = chunk(stops.feed(decoder.feed(token)))
                 if new is not None:
@@ -181,8 +185,6 @@ class LoRALanguageModel(BaseChatModel):
                 if stops.hit is not None:
                     state.finish_reason = "stop"
                     break
-        finally:
-            tokens.close()  # the consumer may stop listening at any time: so does the engine
         rest = chunk(stops.feed(decoder.flush()) + stops.flush())
         if rest is not None:
             yield rest
@@ -196,7 +198,7 @@ class LoRALanguageModel(BaseChatModel):
                 "total_tokens": len(prompt.ids) + state.output_tokens,
             },
             response_metadata={
-                "model_name": reference,
+                "model_name": "base" if adapter is None else f"lora:{adapter.name}",
                 "model_provider": "rag-kit",
                 "finish_reason": state.finish_reason,
                 "first_token_s": state.first_token_s,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rag_kit.settings import Settings
 
 CONNECT_S, READ_S, LOOK_S = 5.0, 300.0, 10.0  # a cold model may need minutes to its first token
+LINES_BEYOND = 256
 CONTEXT_STEPS = (4096, 8192, 16384, 32768, 65536, 131072)  # few values: a new num_ctx reloads the model
 
 
@@ -136,7 +137,7 @@ class OllamaLanguageModel(ChatOllama):
         options: GenerationOptions = kwargs.pop("options", None) or self.options
         options = options.updated(stop=tuple(stop) if stop else None)
         thinking = self.can_think()
-        kwargs.setdefault("reasoning", None if thinking is None else bool(thinking and options.think))
+        kwargs["reasoning"] = None if thinking is None else bool(thinking and options.think)
         sent = {
             "temperature": options.temperature,
             "top_p": options.top_p,
@@ -162,38 +163,55 @@ class OllamaLanguageModel(ChatOllama):
     def _create_chat_stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> Iterator[Mapping[str, Any] | str]:
-        done: Any = False
+        whole = _Whole(self.options)
         with explaining(self.server, self.model):
             for part in super()._create_chat_stream(messages, stop, **kwargs):
-                done = done or (not isinstance(part, str) and part.get("done"))
+                whole.check(part)
                 yield part
-            if not done:
-                raise httpx.RemoteProtocolError("the stream ended without its last line")
+            whole.end()
 
     async def _acreate_chat_stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> AsyncIterator[Mapping[str, Any] | str]:
-        done: Any = False
+        whole = _Whole(self.options)
         with explaining(self.server, self.model):
             async for part in super()._acreate_chat_stream(messages, stop, **kwargs):
-                done = done or (not isinstance(part, str) and part.get("done"))
+                whole.check(part)
                 yield part
-            if not done:
-                raise httpx.RemoteProtocolError("the stream ended without its last line")
+            whole.end()
 
+    # `reasoning` here means: keep what arrives as reasoning. What is asked for is decided by capability.
     def _iterate_over_stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
         think = ThinkSplitter()
-        for chunk in super()._iterate_over_stream(messages, stop, **kwargs):
+        for chunk in super()._iterate_over_stream(messages, stop, **kwargs | {"reasoning": True}):
             yield _without_think_marks(chunk, think)
 
     async def _aiterate_over_stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
         think = ThinkSplitter()
-        async for chunk in super()._aiterate_over_stream(messages, stop, **kwargs):
+        async for chunk in super()._aiterate_over_stream(messages, stop, **kwargs | {"reasoning": True}):
             yield _without_think_marks(chunk, think)
+
+
+class _Whole:
+    """Watches that a streamed reply comes to its end, and that it has one."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self._left = LINES_BEYOND + 2 * options.max_new_tokens  # a line carries a token or more
+        self._done = False
+
+    def check(self, part: Mapping[str, Any] | str) -> None:
+        self._left -= 1
+        self._done = self._done or (not isinstance(part, str) and bool(part.get("done")))
+        if self._left < 0:
+            raise httpx.RemoteProtocolError("the stream goes on beyond num_predict")
+
+    def end(self) -> None:
+        if not self._done:
+            raise httpx.RemoteProtocolError("the stream ended without its last line")
 
 
 def _without_think_marks(chunk: ChatGenerationChunk, think: ThinkSplitter) -> ChatGenerationChunk:

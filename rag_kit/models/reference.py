@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.language_models import BaseChatModel
 
 from rag_kit.errors import ModelError, ServiceError
-from rag_kit.models.adapters import FLAT, default_adapter, find_adapters
+from rag_kit.models.adapters import FLAT, adapter_folders
 
 if TYPE_CHECKING:
     from rag_kit.settings import Settings
@@ -43,7 +43,8 @@ def load_model(reference: str, settings: Settings | None = None, **options: Any)
     from langchain.chat_models import init_chat_model
 
     try:
-        return init_chat_model(name, model_provider=provider, **options)
+        chosen: BaseChatModel = init_chat_model(name, model_provider=provider, **options)
+        return chosen
     except (ImportError, ValueError) as error:
         if "Unsupported" in str(error):
             known = ", ".join(known_references(settings))
@@ -60,7 +61,7 @@ def is_local(reference: str) -> bool:
 
 def known_references(settings: Settings) -> list[str]:
     """Return what can be asked for here: base, adapters, the models that Ollama has now."""
-    adapters = find_adapters(settings.lora_model_path)
+    adapters = adapter_folders(settings.lora_model_path)
     references = ["base"]
     if adapters:
         references += ["lora", *(f"lora:{name}" for name in adapters if name != FLAT)]
@@ -71,11 +72,6 @@ def known_references(settings: Settings) -> list[str]:
     except ServiceError:
         references.append("ollama:MODEL")
     return references
-
-
-def canonical(reference: str, settings: Settings) -> str:
-    """Return `reference` with the adapter's name filled in: `lora` becomes `lora:NAME`."""
-    return f"lora:{default_adapter(settings).name}" if reference == "lora" else reference
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 
@@ -118,7 +118,7 @@ def sentences(text):
     return [text[a:b].strip() for a, b in pairwise([0, *segments.whole[0]])]
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(texts, st.sampled_from(sorted(COUNTERS)), LIMITS, st.integers(0, 2))
 def test_promises_that_hold_for_every_text(text, counter, limit, overlap):
     count = COUNTERS[counter]
@@ -137,7 +137,8 @@ def test_promises_that_hold_for_every_text(text, counter, limit, overlap):
 
 
 # What must stay in one chunk if it fits together with the closing marks that may not open a chunk: an English
-# word or a number (not one glued to other letters); a URL with what stands around it without a space; a character as a reader sees it.
+# word or a number (not one glued to other letters); a URL with what stands around it without a space and the
+# opening marks before it; a character as a reader sees it.
 _GLUED = r"[\p{L}\p{M}\p{N}_\u200d--[\p{Han}\p{Hiragana}\p{Katakana}]]"
 UNITS = {
     "word": regex.compile(
@@ -145,13 +146,15 @@ UNITS = {
         rf"(?![.,:'’-]?{_GLUED})",
         regex.V1,
     ),
-    "url": regex.compile(r"[^\s\x1c-\x1f\p{Han}\p{Hiragana}\p{Hangul}\u3000-\uffef]*https://[!-~]+"),
+    "url": regex.compile(
+        r"[\p{Ps}\p{Pi}\p{Sc}]*[^\s\x1c-\x1f\p{Han}\p{Hiragana}\p{Hangul}“”…—\u3000-\uffef]*https://[!-~]+"
+    ),
     "grapheme": regex.compile(r"\X"),
 }
 CLINGING = regex.compile(rf"(?:\s*(?:{CLOSING.pattern}))*")
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(texts, st.sampled_from(["characters", "bytes"]), LIMITS)
 def test_no_unit_that_fits_is_cut_and_no_chunk_opens_with_a_closing_mark(text, counter, limit):
     count = COUNTERS[counter]
@@ -166,7 +169,7 @@ def test_no_unit_that_fits_is_cut_and_no_chunk_opens_with_a_closing_mark(text, c
                 assert not [cut for cut in cuts if unit.start() < cut < whole], unit
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(texts, LIMITS)
 def test_a_sentence_that_fits_is_never_cut(text, limit):
     segments = Segments(text)
@@ -176,12 +179,13 @@ def test_a_sentence_that_fits_is_never_cut(text, limit):
             assert not [cut for cut in cuts if start < cut < end]
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES)).map("".join))
-def test_a_heading_does_not_end_a_chunk(text):
-    assume(not regex.search(r"(?:#+ \w+\s*){4}", text))  # four headings alone could fill a chunk
+def test_a_heading_ends_no_chunk_that_has_room_for_the_next_word(text):
     for chunk in chunks(text, limit=64)[:-1]:
-        assert not regex.search(r"(?:^|\n)(?:# Heading|## 标题)$", chunk.page_content)
+        if regex.search(r"(?:^|\n)(?:# Heading|## 标题)$", chunk.page_content):
+            word = regex.compile(rf"\s*\S+{CLINGING.pattern}").match(text, chunk.metadata["end"])
+            assert word.end() - chunk.metadata["start"] > 64
 
 
 def test_chinese_and_english_sentences_are_told():
@@ -318,7 +322,7 @@ plain_texts = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=plain_texts)
 def test_the_conservative_count_is_not_exceeded_by_real_tokenizers(qwen, text):
     assert qwen(text) <= conservative_count(text)

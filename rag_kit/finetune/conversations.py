@@ -1,0 +1,146 @@
+"""Training data in: files of facts, questions or chat messages become conversations.
+
+Knows file formats and the one prompt; knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, SystemMessage, convert_to_messages
+
+from rag_kit.data.language import detect_language
+from rag_kit.data.loaders import sample_handbook
+from rag_kit.data.problems import SeveralProblems
+from rag_kit.data.questions import Question, load_questions, squad_documents
+from rag_kit.data.readers import decode_file, json_lines
+from rag_kit.data.sets import with_split
+from rag_kit.errors import DataError
+from rag_kit.manifest import sha256
+from rag_kit.models.prompt import SYSTEM, build_messages
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".xlsx")
+Conversation = list[BaseMessage]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Conversations to train on, the name and SHA-256 of their file, and what was left out, by reason."""
+
+    name: str
+    sha256: str
+    conversations: list[Conversation]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def handbook_facts() -> Path:
+    """Return the file of the sample handbook's facts, each with its forms of question."""
+    return sample_handbook() / "facts.jsonl"
+
+
+def load_training_data(path: Path | None = None, *, split: str = "train") -> TrainingData:
+    """Read training data; without a path, the sample handbook's facts.
+
+    `.jsonl` holds facts (`questions`, `answer`), chat messages (`messages`, as OpenAI's fine-tuning takes
+    them) or a question set; `.json` is in SQuAD format, its contexts are the passages; `.csv` and `.xlsx`
+    are question sets. Of a question set only `split` is taken (`all`: everything); where it has no splits
+    `with_split` gives them, as for a comparison, so that the test part stays unseen. Raises DataError.
+    """
+    path = handbook_facts() if path is None else Path(path)
+    if not path.is_file():
+        raise DataError("finetune_data_missing", path=path, supported=", ".join(SUFFIXES))
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError("finetune_data_format", path=path, supported=", ".join(SUFFIXES))
+    left_out: dict[str, int] = {}
+    if suffix == ".jsonl" and (kind := _kind(path)) != "question":
+        read = _facts if kind == "questions" else _chats
+        conversations = list(_read_lines(path, read))
+    else:
+        conversations = _from_questions(path, split, left_out)
+    if not conversations:
+        raise DataError("finetune_data_empty", path=path, left_out=_told(left_out))
+    return TrainingData(path.name, sha256(path), conversations, left_out)
+
+
+def _kind(path: Path) -> str:
+    """Return the field that tells what the file's first record is."""
+    for number, record in json_lines(path, decode_file(path).text):
+        for name in ("messages", "questions", "question"):
+            if name in record:
+                return name
+        raise DataError("finetune_data_record", path=path, line=number, found=", ".join(record) or "{}")
+    raise DataError("finetune_data_empty", path=path, left_out="-")
+
+
+def _read_lines(path: Path, read: Any) -> Iterator[Conversation]:
+    """Yield the conversations of each line; raises one error with every fault of the file."""
+    problems: list[DataError] = []
+    for number, record in json_lines(path, decode_file(path).text):
+        try:
+            yield from read(record)
+        except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+            name = type(error).__name__
+            lines = str(error).strip("'\"").splitlines()
+            problems.append(DataError("finetune_data_line", line=number, reason=f"{name}: {lines[0] if lines else ''}"))
+    if problems:
+        raise SeveralProblems("finetune_data_invalid", problems, path=path)
+
+
+def _facts(record: dict[str, Any]) -> Iterator[Conversation]:
+    questions, answer = record["questions"], record["answer"]
+    if not (isinstance(questions, list) and questions and all(_is_text(question) for question in questions)):
+        raise ValueError("questions: a list of texts is wanted")
+    if not _is_text(answer):
+        raise ValueError("answer: a text is wanted")
+    for question in questions:
+        yield [*build_messages(question, language=detect_language(question)), AIMessage(answer)]
+
+
+def _chats(record: dict[str, Any]) -> Iterator[Conversation]:
+    messages = convert_to_messages(record["messages"])
+    answers = [message for message in messages if message.type == "ai"]
+    if not answers or not all(_is_text(str(answer.text)) for answer in answers):
+        raise ValueError("messages: no assistant message with a text")
+    if messages[0].type != "system":
+        # A chat without a system text is trained under the one that it will be asked under.
+        messages = [SystemMessage(SYSTEM[detect_language(str(messages[0].text))]), *messages]
+    yield messages
+
+
+def _from_questions(path: Path, split: str, left_out: dict[str, int]) -> list[Conversation]:
+    """Return a conversation for each question of `split` that has an answer."""
+    questions = with_split(load_questions(path))
+    contexts: dict[str, str] = {}
+    if path.suffix.lower() == ".json":
+        contexts = {each.metadata["source"]: each.page_content for each in squad_documents(path)}
+    conversations = []
+    for question in questions:
+        reason = question.split if split not in ("all", question.split) else None
+        if reason is None and not (question.answerable and question.answers):
+            reason = "unanswerable"
+        if reason is not None:
+            left_out[reason] = left_out.get(reason, 0) + 1
+            continue
+        conversations.append(_asked(question, contexts))
+    return conversations
+
+
+def _asked(question: Question, contexts: dict[str, str]) -> Conversation:
+    passages = [contexts[span.source] for span in question.spans[:1] if span.source in contexts]
+    answer = question.answers[0]
+    if passages:
+        answer = f"{answer} [1]"
+    return [*build_messages(question.text, passages, language=question.language), AIMessage(answer)]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(re.search(r"\S", value))
+
+
+def _told(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "-"

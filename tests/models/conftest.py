@@ -1,0 +1,96 @@
+"""The embedded base and the twin, one engine each, and adapters made with PEFT on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rag_kit.models.base import Base
+from rag_kit.settings import Settings
+from tests.twin import qwen_twin
+
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of the one who runs the tests must not decide them."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def twin() -> Base:
+    return Base("twin", qwen_twin())
+
+
+@pytest.fixture(scope="session")
+def smol() -> Base:
+    from rag_kit.embedded import base_folder
+
+    return Base("embedded", base_folder())
+
+
+@pytest.fixture(scope="session")
+def twin_settings(twin: Base, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A project whose base is the twin."""
+    root = tmp_path_factory.mktemp("twin-project")
+    return Settings.load(root, base_model_name=str(twin.folder), max_new_tokens=12)
+
+
+@pytest.fixture(scope="session")
+def smol_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A project whose base is the embedded model."""
+    return Settings.load(tmp_path_factory.mktemp("smol-project"), max_new_tokens=12)
+
+
+@pytest.fixture(scope="session")
+def twin_engine(twin: Base, twin_settings: Settings) -> Iterator[Any]:
+    from rag_kit.models.device import choose_device
+    from rag_kit.models.lora import engine_for
+
+    yield engine_for(twin, choose_device(twin_settings))
+
+
+@pytest.fixture(scope="session")
+def smol_engine(smol: Base, smol_settings: Settings) -> Iterator[Any]:
+    from rag_kit.models.device import choose_device
+    from rag_kit.models.lora import engine_for
+
+    yield engine_for(smol, choose_device(smol_settings))
+
+
+@pytest.fixture(scope="session")
+def make_adapter(twin: Base) -> MakeAdapter:
+    """Write a LoRA adapter with random weights, as PEFT saves it; `zero` leaves B at zero."""
+
+    def make(
+        folder: Path, base: Base = twin, *, seed: int = 1, zero: bool = False, size: float = 0.3, **config: Any
+    ) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base.folder)
+        chosen = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | config
+        peft_model = get_peft_model(model, LoraConfig(**chosen))
+        if not zero:
+            for name, parameter in peft_model.named_parameters():
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    torch.nn.init.normal_(parameter.data, std=size)
+        peft_model.save_pretrained(folder)
+        return folder
+
+    return make
