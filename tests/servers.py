@@ -92,8 +92,7 @@ def closed_port() -> Iterator[str]:
 
 @contextmanager
 def _serving(handler: type[_Handler], wire: Wire) -> Iterator[Wire]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (handler,), {"wire": wire}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Bound", (handler,), {"wire": wire}))
     wire.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -104,6 +103,13 @@ def _serving(handler: type[_Handler], wire: Wire) -> Iterator[Wire]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients may hang up at any time, and these do."""
 
 
 class _Handler(BaseHTTPRequestHandler):

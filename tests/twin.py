@@ -11,13 +11,15 @@ from tempfile import gettempdir
 
 from rag_kit.manifest import MANIFEST, read_manifest, replacing, write_manifest
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-ADDED = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+ADDED = [
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>",
+]  # fmt: skip
 
 TEMPLATE = """\
 {%- if tools %}
@@ -27,20 +29,21 @@ TEMPLATE = """\
     {%- else %}
         {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
     {%- endif %}
-    {{- "\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided \
-with function signatures within <tools></tools> XML tags:\\n<tools>" }}
+    {{- "\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are \
+provided with function signatures within <tools></tools> XML tags:\\n<tools>" }}
     {%- for tool in tools %}
         {{- "\\n" }}
         {{- tool | tojson }}
     {%- endfor %}
-    {{- "\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within \
-<tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": \
+    {{- "\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments \
+within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": \
 <args-json-object>}\\n</tool_call><|im_end|>\\n" }}
 {%- else %}
     {%- if messages[0]['role'] == 'system' %}
         {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
     {%- else %}
-        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. \
+You are a helpful assistant.<|im_end|>\\n' }}
     {%- endif %}
 {%- endif %}
 {%- for message in messages %}
@@ -101,9 +104,10 @@ def build_qwen_twin(folder: Path, seed: int = 0) -> Path:
         tokenizer.save_pretrained(building)
         torch.manual_seed(seed)
         config = Qwen2Config(
-            vocab_size=151_936, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, rope_theta=1e6,
-            bos_token_id=151_643, eos_token_id=151_645, dtype="float32",
+            vocab_size=151_936, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+            tie_word_embeddings=True, rope_theta=1e6, bos_token_id=151_643,
+            eos_token_id=151_645, dtype="float32",
         )  # fmt: skip
         model = Qwen2ForCausalLM(config)
         with torch.no_grad():  # wider than the initialiser's, so that logits differ visibly by prompt
@@ -130,7 +134,8 @@ def qwen_tokenizer():
     def written(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    merges = [tuple(map(written, _halves(token, ranks))) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    long = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    merges = [tuple(map(written, _halves(token, ranks))) for token in long]
     vocabulary = {written(token): rank for token, rank in ranks.items()}
     vocabulary |= {token: len(ranks) + number for number, token in enumerate([*SPECIAL, *ADDED])}
     tokenizer = Qwen2Tokenizer(

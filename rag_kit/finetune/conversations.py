@@ -84,9 +84,9 @@ def _read_lines(path: Path, read: Any) -> Iterator[Conversation]:
         try:
             yield from read(record)
         except (KeyError, TypeError, ValueError, NotImplementedError) as error:
-            name = type(error).__name__
-            lines = str(error).strip("'\"").splitlines()
-            problems.append(DataError("finetune_data_line", line=number, reason=f"{name}: {lines[0] if lines else ''}"))
+            lines = str(error).strip("'\"").splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0]}"
+            problems.append(DataError("finetune_data_line", line=number, reason=reason))
     if problems:
         raise SeveralProblems("finetune_data_invalid", problems, path=path)
 
@@ -121,7 +121,7 @@ def _from_questions(path: Path, split: str, left_out: dict[str, int]) -> list[Co
     conversations = []
     for question in questions:
         reason = question.split if split not in ("all", question.split) else None
-        if reason is None and not (question.answerable and question.answers):
+        if reason is None and not (question.answerable and any(map(_is_text, question.answers))):
             reason = "unanswerable"
         if reason is not None:
             left_out[reason] = left_out.get(reason, 0) + 1
@@ -132,7 +132,7 @@ def _from_questions(path: Path, split: str, left_out: dict[str, int]) -> list[Co
 
 def _asked(question: Question, contexts: dict[str, str]) -> Conversation:
     passages = [contexts[span.source] for span in question.spans[:1] if span.source in contexts]
-    answer = question.answers[0]
+    answer = next(answer for answer in question.answers if _is_text(answer))
     if passages:
         answer = f"{answer} [1]"
     return [*build_messages(question.text, passages, language=question.language), AIMessage(answer)]

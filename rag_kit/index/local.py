@@ -31,7 +31,7 @@ class LocalEmbeddings(ContractEmbeddings):
     """
 
     def __init__(self, folder: Path, reference: str, model: str | None = None, device: str = "auto") -> None:
-        import torch
+        from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
 
         self.folder, self.reference = folder, reference
@@ -42,7 +42,7 @@ class LocalEmbeddings(ContractEmbeddings):
             self._model = SentenceTransformer(
                 str(folder), device=self._device, model_kwargs={"dtype": dtype}, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError("embedder_unreadable", path=folder, reason=reason) from error
         self._lock = threading.Lock()
@@ -53,7 +53,6 @@ class LocalEmbeddings(ContractEmbeddings):
         self._overhead = self._length(self.instructions.passage.rstrip())
         self.max_tokens = self.limit - self._overhead
         self.chunk_tokens = min(CHUNK_TOKENS, self.max_tokens)
-        assert isinstance(dtype, torch.dtype)
 
     def count_tokens(self, text: str) -> int:
         """Return the tokens that `text` adds to a passage, by the model's own tokenizer."""

@@ -183,7 +183,7 @@ def check_fit(adapter: Adapter, base: Base) -> None:
     try:
         found = _shapes(adapter.folder / WEIGHTS)
     except SafetensorError as error:
-        raise ModelError("adapter_unreadable", path=adapter.folder / WEIGHTS, reason=error) from error
+        raise ModelError("adapter_weights", path=adapter.folder / WEIGHTS, reason=error) from error
     try:
         config = LoraConfig.from_pretrained(str(adapter.folder))
         with torch.device("meta"):

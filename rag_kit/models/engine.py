@@ -107,7 +107,7 @@ class TransformersEngine:
         files = None if key in self.adapters else self._read(adapter)
         with self.lock:
             if key not in self.adapters:
-                self._add(key, *(files or self._read(adapter)))
+                self._add(adapter, *(files or self._read(adapter)))
             self.adapters[key] = self.adapters.pop(key, adapter.folder)  # the newest of its folder is last
             self._drop_replaced()
         return key
@@ -122,16 +122,24 @@ class TransformersEngine:
         own = {name: tensor for name, tensor in weights.items() if not name.endswith(BASE_COPY)}
         return LoraConfig.from_pretrained(str(adapter.folder), inference_mode=True), own
 
-    def _add(self, key: str, config: Any, weights: dict[str, torch.Tensor]) -> None:
+    def _add(self, adapter: Adapter, config: Any, weights: dict[str, torch.Tensor]) -> None:
         from peft import PeftModel, set_peft_model_state_dict
 
-        if self.adapters:
-            self._model.add_adapter(key, config)
-        else:
-            self._model = PeftModel(self._model, config, adapter_name=key)
-        set_peft_model_state_dict(self._model, weights, adapter_name=key)
-        self._model.eval().requires_grad_(False)
-        self._rest()
+        key = adapter.key
+        try:
+            if self.adapters:
+                self._model.add_adapter(key, config)
+            else:
+                self._model = PeftModel(self._model, config, adapter_name=key)
+            set_peft_model_state_dict(self._model, weights, adapter_name=key)
+        except (TypeError, ValueError, RuntimeError) as error:
+            # It fits the base, but PEFT cannot hold it beside the others: both wrap the same layer.
+            if key in self._model.peft_config:
+                self._model.delete_adapter(key)
+            raise ModelError("adapter_beside", adapter=adapter.folder, reason=first_line(error)) from error
+        finally:
+            self._model.eval().requires_grad_(False)
+            self._rest()
 
     def _rest(self) -> None:
         """Switch every adapter off, whatever PEFT made active."""
@@ -161,6 +169,7 @@ class TransformersEngine:
         for key, folder in list(self.adapters.items()):
             if newest[folder] != key and not self._held[key]:
                 del self.adapters[key]
+                self._model.set_adapter(newest[folder])  # PEFT warns when the active one goes
                 self._model.delete_adapter(key)
                 self._rest()
 

@@ -31,9 +31,9 @@ LINES_BEYOND = 256
 CONTEXT_STEPS = (4096, 8192, 16384, 32768, 65536, 131072)  # few values: a new num_ctx reloads the model
 
 
-def client(base_url: str, timeout: float = LOOK_S) -> ollama.Client:
-    """Return a client of the server at `base_url` that no proxy stands before."""
-    return ollama.Client(host=base_url, trust_env=False, timeout=httpx.Timeout(timeout, connect=CONNECT_S))
+def client(base_url: str) -> ollama.Client:
+    """Return a client for short questions to the server at `base_url`, with no proxy between."""
+    return ollama.Client(host=base_url, trust_env=False, timeout=httpx.Timeout(LOOK_S, connect=CONNECT_S))
 
 
 def list_models(base_url: str) -> list[str]:

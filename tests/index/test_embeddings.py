@@ -82,10 +82,10 @@ class TestLocal:
         assert np.allclose(passage, embedder.encode(["passage: " + text], ""), atol=1e-6)
 
     def test_order_and_batches_do_not_matter(self, embedder: LocalEmbeddings) -> None:
-        texts = [f"第 {n} 条：" + "水泵的保修说明。" * (n % 9) for n in range(70)]
+        texts = [f"第 {n} 条：" + "水泵的保修说明。" * (n % 9) for n in range(66)]
         together = embedder.passages(texts)
         assert (together == embedder.passages(texts)).all()
-        for index in (0, 35, 69):
+        for index in (0, 35, 65):
             assert together[index] @ embedder.passages([texts[index]])[0] > 0.9995
 
     def test_threads_share_one_model(self, embedder: LocalEmbeddings) -> None:
@@ -150,10 +150,10 @@ class TestContract:
     ) -> None:
         moved = tmp_path / "我的模型" / "e5-copy"
         shutil.copytree(embedder_folder(), moved)
-        copied = load_embeddings(f"hf:{moved}", Settings.load())
+        copied = load_embeddings(str(moved), Settings.load())
+        assert copied.instructions == embedder.instructions
         assert matches(embedder.contract(), copied.contract())
         assert copied.contract()["revision"] == embedder.contract()["revision"]
-        assert load_embeddings(str(moved), Settings.load()).instructions == embedder.instructions
 
     def test_another_model_or_instruction_is_another(self, embedder: LocalEmbeddings) -> None:
         ours = embedder.contract()

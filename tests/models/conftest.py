@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,25 @@ def make_adapter(twin: Base) -> MakeAdapter:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def count_steps() -> Any:
+    """Count the engine's steps in a block."""
+
+    @contextmanager
+    def counting(engine: Any) -> Iterator[list[str | None]]:
+        steps: list[str | None] = []
+        using = engine.using
+
+        def counted(adapter: str | None) -> Any:
+            steps.append(adapter)
+            return using(adapter)
+
+        engine.using = counted
+        try:
+            yield steps
+        finally:
+            del engine.using
+
+    return counting

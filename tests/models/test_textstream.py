@@ -26,7 +26,6 @@ def test_the_pieces_of_a_text_are_the_text(smol_engine, twin_engine, text):
         ids = tokenizer.encode(text.encode("utf-8", "ignore").decode(), add_special_tokens=False)
         pieces = decode(tokenizer, ids)
         assert "".join(pieces) == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
-        assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
 @settings(max_examples=100, deadline=None)
@@ -51,7 +50,7 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer, text):
 
 
 def test_bytes_that_never_become_a_character_are_shown_as_such(tokenizer):
-    ids = tokenizer.encode("😀", add_special_tokens=False)
+    ids = tokenizer.encode("𒀀", add_special_tokens=False)
     assert len(ids) > 1
     assert "\ufffd" in "".join(decode(tokenizer, ids[:-1]))
 

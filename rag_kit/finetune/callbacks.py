@@ -1,0 +1,63 @@
+"""What happens beside a training: progress with time left, the losses, and the end at a broken loss.
+
+Imports transformers, so it is imported by `train` when a training starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from rag_kit.errors import ModelError, message
+
+OnLog = Callable[[dict[str, float]], None]
+
+
+class Progress(TrainerCallback):
+    """Shows a bar that both notebooks and terminals can draw, and keeps every step's loss in `history`.
+
+    transformers' own notebook bar is left out: nbval cannot read it.
+    """
+
+    def __init__(self, *, show: bool, on_log: OnLog | None) -> None:
+        self.history: list[dict[str, float]] = []
+        self._show, self._on_log = show, on_log
+        self._bar: Any = None
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Open the bar."""
+        self._bar = tqdm(total=state.max_steps, desc=message("finetune_progress"), disable=not self._show)
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        """Keep the loss of a step; raises ModelError where it is no finite number."""
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise ModelError("finetune_loss_broken", loss=loss, step=state.global_step)
+        row = {
+            "step": state.global_step,
+            "epoch": round(float(state.epoch or 0), 4),
+            "loss": loss,
+            "learning_rate": float(logs.get("learning_rate", 0.0)),
+            "grad_norm": float(logs.get("grad_norm", 0.0)),
+        }
+        self.history.append(row)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if self._on_log:
+            self._on_log(row)
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away; a training may end at any moment."""
+        if self._bar is not None:
+            self._bar.close()

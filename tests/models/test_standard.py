@@ -1,0 +1,91 @@
+"""LangChain's own standard suites for both chat models, on the embedded model and a real socket.
+
+Neither model calls tools or takes pictures, so those tests are skipped by the suites themselves.
+"""
+
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from rag_kit.models.lora import LoRALanguageModel
+from rag_kit.models.ollama import OllamaLanguageModel
+from rag_kit.settings import Settings
+from tests.servers import from_model, ollama
+
+SHORT = 8
+
+
+class _Local:
+    """One project with the embedded base and one adapter of it."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    def _project(self, request, tmp_path_factory, make_adapter, smol, smol_engine):
+        root = tmp_path_factory.mktemp("standard")
+        make_adapter(root / "lora_adapters" / "one", smol, size=0.02)
+        request.cls.settings = Settings.load(root)
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return LoRALanguageModel
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": "base", "max_tokens": SHORT, "settings": self.settings}
+
+    @property
+    def model_override_value(self) -> str:
+        return "lora"
+
+
+class TestLoRAUnit(_Local, ChatModelUnitTests):
+    pass
+
+
+class TestLoRAIntegration(_Local, ChatModelIntegrationTests):
+    pass
+
+
+class _Served:
+    """The embedded base behind a server that speaks Ollama's wire."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    def _server(self, request, smol_settings, smol_engine):
+        base = LoRALanguageModel(model="base", settings=smol_settings)
+        with ollama(from_model(base), models=("tiny:latest", "other:latest")) as wire:
+            request.cls.url = wire.url
+            yield
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return OllamaLanguageModel
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": "tiny", "base_url": self.url, "max_tokens": SHORT}
+
+    @property
+    def model_override_value(self) -> str:
+        return "other"
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False  # the served model knows no tools
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return False
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False
+
+
+class TestOllamaUnit(_Served, ChatModelUnitTests):
+    pass
+
+
+class TestOllamaIntegration(_Served, ChatModelIntegrationTests):
+    pass
