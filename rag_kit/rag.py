@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rag_kit.rag")
 
 TOP_K = 4
+OFF = GenerationOptions()
 _CITED = re.compile(r"[\[【［〔]\s*(\d{1,3}(?:\s*[,，、;；]\s*\d{1,3})*)\s*[\]】］〕]")
 _GREETING = re.compile(
     r"(hi( there)?|hello|hey|good (morning|afternoon|evening)|"
@@ -174,11 +175,18 @@ def _request(model: BaseChatModel, options: GenerationOptions | None) -> dict[st
         return {}
     if _is_ours(model):
         return {"options": options}
-    request = {
+    request: dict[str, Any] = {
         "temperature": options.temperature,
         "top_p": options.top_p,
         "max_tokens": options.max_new_tokens,
     }
+    if type(model).__module__.startswith("langchain_openai"):
+        request["seed"] = options.seed
+        # OpenAI itself refuses these; vLLM and llama.cpp take them, and all have them off by default
+        names = ("top_k", "min_p", "repetition_penalty")
+        own = {name: getattr(options, name) for name in names}
+        if extra := {name: value for name, value in own.items() if value != getattr(OFF, name)}:
+            request["extra_body"] = extra
     return request | ({"stop": list(options.stop)} if options.stop else {})
 
 

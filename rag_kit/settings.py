@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     quantization_type: Annotated[Literal["int8", "int4"], Lower] = "int8"
     enable_fp16: Annotated[bool, Lower] = False
     cuda_memory_fraction: float = Field(1.0, gt=0, le=1)
-    batch_size: int = Field(4, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     preload_models: Annotated[bool, Lower] = False
     api_host: str = "127.0.0.1"
     api_port: int = Field(8001, ge=1, le=65535)
@@ -238,6 +238,8 @@ def _apply_logging(settings: Settings) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger().setLevel(logging.INFO if level == logging.DEBUG else max(level, logging.WARNING))
     logging.getLogger("rag_kit").setLevel(level)
+    # It complains at import of kernels that nobody asked for, and of rounding that int8 consists of.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _absolute(root: Path, value: str | Path) -> Path:

@@ -265,7 +265,9 @@ class _OpenAI(_Handler):
 
 def _events(pieces: Iterator[str], head: dict[str, Any], usage: dict[str, int]) -> Iterator[str]:
     def event(choices: Sequence[dict[str, Any]], **more: Any) -> str:
-        return f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': choices} | more)}\n\n"
+        return (
+            f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': choices} | more)}\n\n"
+        )
 
     for piece in pieces:
         yield event([{"index": 0, "delta": {"role": "assistant", "content": piece}, "finish_reason": None}])

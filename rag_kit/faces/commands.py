@@ -179,7 +179,15 @@ def finetune(arguments: Namespace) -> int:
     """Train a LoRA adapter with the guide's flags."""
     from rag_kit.finetune.arguments import from_arguments
 
-    from_arguments(arguments)
+    overrides, given = from_arguments(arguments)
+    settings = start(**overrides)
+    from rag_kit.finetune import finetune as train
+
+    result = train(**given, settings=settings, on_forecast=print)
+    told = {"folder": result.folder, "seconds": result.seconds, "examples": result.recipe["data"]["examples"]}
+    print(message("cli_trained", first=result.losses[0], last=result.losses[-1], **told))
+    if result.kept:
+        print(message("cli_kept", folder=result.kept))
     return 0
 
 

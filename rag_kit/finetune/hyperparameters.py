@@ -55,11 +55,10 @@ class Hyperparameters:
 
     def decided(self, settings: Settings, *, handbook: bool) -> Hyperparameters:
         """Return a copy with `epochs`, `batch_size` and `fp16` filled in from the settings and the data."""
-        batch = BATCH if settings.origin("batch_size") == "default" else settings.batch_size
         return replace(
             self,
             epochs=self.epochs or (HANDBOOK_EPOCHS if handbook else OTHER_EPOCHS),
-            batch_size=self.batch_size or batch,
+            batch_size=self.batch_size or settings.batch_size or BATCH,
             fp16=settings.enable_fp16 if self.fp16 is None else self.fp16,
         )
 

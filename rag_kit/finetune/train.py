@@ -27,7 +27,7 @@ from rag_kit.finetune.forecast import Forecast, make_forecast
 from rag_kit.finetune.hyperparameters import Hyperparameters
 from rag_kit.manifest import replacing, write_atomic, write_manifest
 from rag_kit.models.adapters import CONFIG, FLAT, RECIPE, Adapter, read_adapter
-from rag_kit.models.base import Base, resolve_base, template_hash, tokenizer_hash
+from rag_kit.models.base import Base, resolve_base
 from rag_kit.models.device import Device, choose_device
 from rag_kit.models.render import end_ids
 from rag_kit.settings import Settings, get_settings
@@ -115,7 +115,7 @@ def finetune(
         seconds = time.perf_counter() - start
 
     how = {**asdict(chosen), "device": device.name, "base_dtype": dtype, "packed": packed}
-    recipe = _recipe(found, tokenizer, training, len(examples), how, rows)
+    recipe = _recipe(found, training, len(examples), how, rows)
     recipe["metrics"] |= {"seconds": round(seconds, 1), "forecast_seconds": round(forecast.seconds, 1)}
     kept = _save(folder, model, tokenizer, found, recipe, rows)
     name = FLAT if folder == settings.lora_model_path.absolute() else folder.name
@@ -283,7 +283,6 @@ def _save(
 
 def _recipe(
     base: Base,
-    tokenizer: Any,
     training: TrainingData,
     examples: int,
     how: dict[str, Any],
@@ -291,10 +290,11 @@ def _recipe(
 ) -> dict[str, Any]:
     """Return what the adapter was made of, and how."""
     last = [row for row in rows if row["epoch"] > rows[-1]["epoch"] - 1]  # the last epoch
+    fingerprint = base.fingerprint()
     return {
-        "base": {"name": base.name, "fingerprint": base.fingerprint()},
-        "chat_template_hash": template_hash(tokenizer),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "base": {"name": base.name, "fingerprint": fingerprint},
+        "chat_template_hash": fingerprint["chat_template_hash"],
+        "tokenizer_hash": fingerprint["tokenizer_hash"],
         "data": {
             "name": training.name,
             "sha256": training.sha256,

@@ -33,11 +33,13 @@ class LocalEmbeddings(ContractEmbeddings):
     def __init__(self, folder: Path, reference: str, model: str | None = None, device: str = "auto") -> None:
         from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
         self.folder, self.reference = folder, reference
         self.model = model or _name(folder)
         self._device, dtype = _device(device)
         self.dtype = str(dtype).removeprefix("torch.")
+        disable_progress_bar()  # of loading, which takes seconds; long embedding shows its own
         try:
             self._model = SentenceTransformer(
                 str(folder), device=self._device, model_kwargs={"dtype": dtype}, local_files_only=True

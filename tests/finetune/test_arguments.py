@@ -32,7 +32,8 @@ def test_nothing_given_leaves_everything_to_the_settings() -> None:
 def test_the_guide_s_commands(dashes: bool) -> None:
     words = [
         "--model_name", "Qwen/Qwen2.5-1.5B-Instruct", "--cache_dir", "models",
-        "--output_dir", "./lora_adapters", "--num_train_epochs", "3", "--fp16", "False", "--gradient_checkpointing", "False",
+        "--output_dir", "./lora_adapters", "--num_train_epochs", "3",
+        "--fp16", "False", "--gradient_checkpointing", "False",
     ]  # fmt: skip
     if dashes:
         words = [word.replace("_", "-") if word.startswith("--") else word for word in words]

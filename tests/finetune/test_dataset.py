@@ -110,14 +110,10 @@ QUESTIONS = ["Who leads the Mending Room?", "Who leads the Mending Room?", "听�
 def examples_of(tokenizer: Any, turns: int = 1) -> list[Example]:
     ends = [tokenizer.eos_token_id]
     history = [("Hello?", "Good day. 你好。")] * (turns - 1)
-    texts = zip(QUESTIONS, ["Ida Fenwick", "Maren", "二十七个月", "Ida"], strict=True)
-    return [
-        example
-        for question, answer in texts
-        for example in encode(
-            tokenizer, [*build_messages(question, history=history), AIMessage(answer)], ends
-        )
-    ]
+    answers = ["Ida Fenwick", "Maren", "二十七个月", "Ida"]
+    asked = [build_messages(question, history=history) for question in QUESTIONS]
+    chats = [[*messages, AIMessage(answer)] for messages, answer in zip(asked, answers, strict=True)]
+    return encode_conversations(tokenizer, chats, ends, 512)
 
 
 def test_a_packed_batch_holds_the_common_beginning_once(tokenizer: Any) -> None:
@@ -158,6 +154,6 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples(
         loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss
         share = sum(label != IGNORED for label in example.labels) / tokens
         (loss * share).backward()
-        total += float(loss) * share
-    assert math.isclose(float(packed), total, rel_tol=1e-4)
+        total += loss.item() * share
+    assert math.isclose(packed.item(), total, rel_tol=1e-4)
     assert torch.allclose(gradient, watched.grad, rtol=1e-2, atol=1e-5 * float(gradient.abs().max()) + 1e-7)

@@ -264,8 +264,8 @@ def test_a_kill_leaves_the_old_adapter(project: Settings, facts: Path) -> None:
         "import sys; from pathlib import Path; from rag_kit.settings import Settings\n"
         "from rag_kit.finetune import finetune\n"
         "root, base, data = sys.argv[1:]\n"
-        "finetune(data=Path(data), settings=Settings.load(Path(root), base_model_name=base), progress=False,\n"
-        "         on_log=lambda row: print('step', flush=True))\n"
+        "settings = Settings.load(Path(root), base_model_name=base)\n"
+        "finetune(data=Path(data), settings=settings, on_log=lambda row: print('step', flush=True))\n"
     )
     command = [sys.executable, "-c", code, str(project.root), str(qwen_twin()), str(facts)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:

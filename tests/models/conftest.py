@@ -77,7 +77,13 @@ def make_adapter(twin: Base) -> MakeAdapter:
     """Write a LoRA adapter with random weights, as PEFT saves it; `zero` leaves B at zero."""
 
     def make(
-        folder: Path, base: Base = twin, *, seed: int = 1, zero: bool = False, size: float = 0.3, **config: Any
+        folder: Path,
+        base: Base = twin,
+        *,
+        seed: int = 1,
+        zero: bool = False,
+        size: float = 0.3,
+        **config: Any,
     ) -> Path:
         import torch
         from peft import LoraConfig, get_peft_model

@@ -109,7 +109,12 @@ def test_a_broken_adapter_hides_no_other(put, settings):
     assert named_adapter("red", settings).name == "red"
     with pytest.raises(ModelError) as caught:
         named_adapter("blue", settings)
-    says(caught.value, settings.lora_model_path / "blue" / CONFIG, en="not readable as JSON", zh="不是可读的 JSON")
+    says(
+        caught.value,
+        settings.lora_model_path / "blue" / CONFIG,
+        en="not readable as JSON",
+        zh="不是可读的 JSON",
+    )
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00"])
@@ -168,7 +173,9 @@ def test_an_adapter_made_elsewhere_is_taken_in(plain, settings, twin, tmp_path, 
     adapter = add_adapter(folder, twin, settings)
     assert adapter.name == f"my-{kind}" and not opened
     held = sorted(path.name for path in adapter.folder.iterdir())
-    assert held == sorted([CONFIG, WEIGHTS, RECIPE, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+    assert held == sorted(
+        [CONFIG, WEIGHTS, RECIPE, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    )
     recipe = adapter.recipe
     assert recipe["base"] == {"name": "twin", "fingerprint": twin.fingerprint(), "declared_by": "user"}
     assert recipe["base_model_name_or_path"] == (base_path or None)
@@ -270,7 +277,13 @@ def test_adapters_that_peft_cannot_hold_together_are_told(make_adapter, engine, 
     base, effect = engine.logits(range(30), None), engine.effect(first)
     with pytest.raises(ModelError) as caught:
         engine.load_adapter(read_adapter(make_adapter(tmp_path / "b", **FITTING["tokens"])))
-    says(caught.value, tmp_path / "b", "Embedding", en="beside those already loaded", zh="无法与已加载的适配器共存")
+    says(
+        caught.value,
+        tmp_path / "b",
+        "Embedding",
+        en="beside those already loaded",
+        zh="无法与已加载的适配器共存",
+    )
     assert (engine.logits(range(30), None) == base).all() and engine.effect(first) == effect
     assert list(engine.adapters) == [first]
 

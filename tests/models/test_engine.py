@@ -169,7 +169,10 @@ def test_concurrent_requests_give_what_each_gives_alone(engine, red, blue, ids):
 def test_an_adapter_joins_while_others_stream(engine, red, make_adapter, tmp_path, ids):
     key = engine.load_adapter(red)
     base, alone = tokens(engine, ids), tokens(engine, ids, key)
-    streams = [engine.generate(ids, None, GREEDY, Generation()), engine.generate(ids, key, GREEDY, Generation())]
+    streams = [
+        engine.generate(ids, None, GREEDY, Generation()),
+        engine.generate(ids, key, GREEDY, Generation()),
+    ]
     firsts = [[next(stream) for _ in range(3)] for stream in streams]
     third = engine.load_adapter(read_adapter(make_adapter(tmp_path / "green", seed=9)))
     assert tokens(engine, ids, third) not in (base, alone)

@@ -32,7 +32,9 @@ def model(project, twin):
 
 
 def test_each_request_names_its_adapter(model):
-    answers = {name: model.invoke("你好", model=name) for name in ("base", "lora", "lora:red", "lora:蓝.v1.5")}
+    answers = {
+        name: model.invoke("你好", model=name) for name in ("base", "lora", "lora:red", "lora:蓝.v1.5")
+    }
     texts = {name: answer.text for name, answer in answers.items()}
     assert texts["lora"] == texts["lora:red"]
     assert len(set(texts.values())) == 3
@@ -159,7 +161,13 @@ def test_without_an_adapter_the_guides_words_are_used(tmp_path, twin):
     model = LoRALanguageModel(settings=Settings.load(tmp_path, base_model_name=str(twin.folder)))
     with pytest.raises(FileNotFoundError, match="LoRA adapter not found|找不到 LoRA 适配器") as caught:
         model.invoke("x")
-    says(caught.value, tmp_path / "lora_adapters", "finetune", en="LoRA adapter not found", zh="LoRA adapter not found")
+    says(
+        caught.value,
+        tmp_path / "lora_adapters",
+        "finetune",
+        en="LoRA adapter not found",
+        zh="LoRA adapter not found",
+    )
 
 
 def test_an_adapter_of_another_base_is_told(tmp_path, twin, smol, make_adapter, project):

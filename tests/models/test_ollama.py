@@ -191,7 +191,13 @@ def test_a_server_that_never_ends():
 
 def test_an_error_line_in_mid_answer():
     with ollama(mode="error_line") as wire:
-        says(failure(wire), wire.url, "runner process has terminated", en="failed for tiny", zh="运行 tiny 时出错")
+        says(
+            failure(wire),
+            wire.url,
+            "runner process has terminated",
+            en="failed for tiny",
+            zh="运行 tiny 时出错",
+        )
 
 
 def test_a_proxy_that_answers_with_a_page():
@@ -201,7 +207,13 @@ def test_a_proxy_that_answers_with_a_page():
 
 def test_a_model_that_is_not_there():
     with ollama(models=("qwen3:4b", "小模型:latest")) as wire:
-        says(failure(wire), "ollama pull tiny", "qwen3:4b, 小模型:latest", en="has no model tiny", zh="没有模型 tiny")
+        says(
+            failure(wire),
+            "ollama pull tiny",
+            "qwen3:4b, 小模型:latest",
+            en="has no model tiny",
+            zh="没有模型 tiny",
+        )
 
 
 def test_listing_the_models_of_a_dead_server():

@@ -52,14 +52,16 @@ def test_an_openai_compatible_server(tmp_path, monkeypatch):
         monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
         model = load_model("openai:my-vllm", Settings.load(tmp_path), temperature=0.25)
         assert model.invoke("hi").text == "Hello!"
-        options = GenerationOptions(temperature=0.5, top_p=0.9, max_new_tokens=7, stop=("停",), seed=3)
+        options = GenerationOptions(
+            temperature=0.5, top_p=0.9, max_new_tokens=7, stop=("停",), seed=3, top_k=9
+        )
         told = answer(model, "你好", options=options, reference="openai:my-vllm")
     first, second = (body for _, body in wire.requests)
     assert first["model"] == "my-vllm" and first["temperature"] == 0.25
     assert (told.text, told.model, told.finish_reason) == ("Hello!", "openai:my-vllm", "stop")
     assert second["temperature"] == 0.5 and second["top_p"] == 0.9 and second["stop"] == ["停"]
     assert second.get("max_tokens") or second.get("max_completion_tokens") == 7
-    assert second["seed"] == 3
+    assert second["seed"] == 3 and second["top_k"] == 9 and "min_p" not in second
 
 
 def test_an_openai_compatible_server_that_is_down(tmp_path, monkeypatch):
@@ -93,7 +95,13 @@ def test_a_missing_package_is_told(tmp_path, monkeypatch):
 def test_the_unknown_is_told_with_what_is_known(project, reference):
     with ollama(models=("qwen3:4b",)) as wire, pytest.raises(ModelError) as caught:
         load_model(reference, Settings.load(project, ollama_base_url=wire.url))
-    says(caught.value, reference, "base, lora, lora:red, ollama:qwen3:4b", en="is not a model reference", zh="不是模型引用")
+    says(
+        caught.value,
+        reference,
+        "base, lora, lora:red, ollama:qwen3:4b",
+        en="is not a model reference",
+        zh="不是模型引用",
+    )
 
 
 def test_what_is_known_without_adapters_and_without_ollama(tmp_path):
@@ -102,4 +110,10 @@ def test_what_is_known_without_adapters_and_without_ollama(tmp_path):
 
 
 def test_what_is_local():
-    assert [is_local(r) for r in ("base", "lora", "lora:x", "ollama:lora", "loral")] == [True, True, True, False, False]
+    assert [is_local(r) for r in ("base", "lora", "lora:x", "ollama:lora", "loral")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]

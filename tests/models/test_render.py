@@ -98,7 +98,9 @@ def test_our_own_marks_in_foreign_text_are_harmless(tokenizer):
 
 
 def test_the_prompt_of_training_is_the_prompt_of_inference(tokenizer):
-    asked = build_messages("保修多久？", ["质保两年。<|im_end|>"], language="zh", history=[("你好", "您好！")])
+    asked = build_messages(
+        "保修多久？", ["质保两年。<|im_end|>"], language="zh", history=[("你好", "您好！")]
+    )
     prompt = render(tokenizer, asked)
     whole = render(tokenizer, [*asked, AIMessage("\n两年 [1]。")], add_generation_prompt=False)
     assert whole.ids[: len(prompt.ids)] == prompt.ids

@@ -1,0 +1,105 @@
+"""The command line as a user types it: real processes, output and exit status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rag_kit.faces.cli import build_parser, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def rag_kit(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder of its own, with a `.env` so that it is the root."""
+    (folder / ".env").touch()
+    variables = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RAG_KIT", "LORA", "OLLAMA", "VECTOR"))
+    }
+    variables |= {"RAG_KIT_LANG": "en", "OLLAMA_BASE_URL": "http://127.0.0.1:9"} | environment
+    command = [sys.executable, "-m", "rag_kit.faces.cli", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=variables, capture_output=True, text=True, encoding="utf-8", check=False
+    )
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for command in ("setup", "run", "test", "config", "index", "adapters", "finetune", "ask", "compare"):
+        assert command in text
+    code = "import sys, rag_kit.faces.cli as c; c.build_parser(); print({'torch','transformers','pandas'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_config_shows_values_origins_and_no_secret(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TEMPERATURE=0.2\nHTTP_PROXY=http://me:secret@proxy:1\n", encoding="utf-8")
+    done = rag_kit(tmp_path, "config", TOP_P="0.5")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+    assert lines["TEMPERATURE"][:4] == ["0.2", ".env", "line", "1"]
+    assert lines["TOP_P"][:2] == ["0.5", "environment"]
+    assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_mistake_is_two_sentences_and_status_2(tmp_path: Path, lang: str) -> None:
+    done = rag_kit(tmp_path, "ask", "hi", "--model", "nope", RAG_KIT_LANG=lang)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    expected = {
+        "en": "rag-kit: nope is not a model reference (known: base, ollama:MODEL).",
+        "zh": "nope 不是模型引用",
+    }[lang]
+    assert expected in done.stderr
+
+
+def test_an_index_is_built_listed_searched_and_verified(tmp_path: Path) -> None:
+    documents = tmp_path / "资料"
+    documents.mkdir()
+    (documents / "水壶.md").write_text("# 水壶\n\n奥林谷水壶的保修期是 42 个月。", encoding="utf-8")
+    (documents / "lamp.md").write_text("# Lamp\n\nThe lamp's shade costs 29 crowns.", encoding="utf-8")
+    built = rag_kit(tmp_path, "index", "build", str(documents))
+    assert built.returncode == 0, built.stderr
+    assert "2 documents, 2 chunks" in built.stdout
+    assert rag_kit(tmp_path, "index", "list").stdout.split() == ["资料"]
+    found = rag_kit(tmp_path, "index", "search", "水壶保修多久？", "--top-k", "1")
+    assert "水壶.md:0" in found.stdout
+    assert "42 个月" in found.stdout
+    assert rag_kit(tmp_path, "index", "verify").returncode == 0
+    chunks = tmp_path / "vector_store" / "资料" / "chunks.jsonl"
+    chunks.write_text(chunks.read_text(encoding="utf-8").replace("29", "28"), encoding="utf-8")
+    broken = rag_kit(tmp_path, "index", "verify")
+    assert broken.returncode == 2
+    assert "chunks.jsonl is damaged" in broken.stderr
+
+
+def test_without_index_and_adapter_an_answer_says_so(tmp_path: Path) -> None:
+    done = rag_kit(tmp_path, "ask", "What is the capital of France?", TEMPERATURE="0", MAX_NEW_TOKENS="12")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "Answered without sources." in done.stdout
+    assert "base answered in place of lora" in done.stdout
+
+
+def test_a_comparison_runs_and_resumes(tmp_path: Path) -> None:
+    arguments = ("compare", "--arms", "base+none", "ollama:qwen3:4b+none", "--split", "paraphrase", "--limit", "2",
+                 "--max-new-tokens", "4", "--run", "mine")  # fmt: skip
+    first = rag_kit(tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "base+none" in first.stdout
+    assert (tmp_path / "runs" / "mine" / "rows.parquet").is_file()
+    other = rag_kit(tmp_path, *arguments[:-1], "mine", "--limit", "3")
+    assert other.returncode == 2
+    assert "Traceback" not in other.stderr
+
+
+def test_the_guides_flags_are_understood() -> None:
+    given = ["finetune", "--model_name", "Qwen/Qwen2.5-1.5B-Instruct", "--cache_dir", "X", "--output_dir", "./lora_adapters", "--num_train_epochs", "3", "--fp16", "False", "--gradient_checkpointing", "False"]
+    dashed = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in given]
+    first, second = build_parser().parse_args(given), build_parser().parse_args(dashed)
+    assert vars(first) == vars(second)
+    assert (first.num_train_epochs, first.fp16) == (3, False)
