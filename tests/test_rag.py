@@ -1,5 +1,7 @@
 """Answers: sources and citations, greetings, what is degraded and why, switching while it runs."""
 
+# ruff: noqa: F401, F811  (fixtures of the models' tests)
+
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,17 @@ from rag_kit.index.hit import Hit
 from rag_kit.models.options import GenerationOptions
 from rag_kit.rag import Answer, LoRARAGHandler, RAGHandler, answer, citations_in, is_greeting, stream_answer
 from rag_kit.settings import Settings
-from tests.models.conftest import *  # noqa: F403  (the embedded base, the twin and adapters of it)
+from tests.models.conftest import (
+    make_adapter,
+    quiet_environment,
+    smol,
+    smol_engine,
+    smol_settings,
+    threads,
+    twin,
+    twin_engine,
+    twin_settings,
+)
 from tests.models.texts import says
 from tests.servers import closed_port, ollama, scripted
 
@@ -64,35 +76,68 @@ def load(twin, twin_engine):
 @pytest.mark.parametrize(
     ("text", "cited"),
     [
-        ("Two years [1].", (1,)), ("两年【2】。", (2,)), ("两年［１］", (1,)), ("a [2][1] b [2]", (2, 1)), ("x [1, 2]", (1, 2)),
-        ("是【1、2】", (1, 2)), ("[ 2 ]", (2,)), ("〔1〕", (1,)), ("[0] [3] [999]", ()), ("[1.5] [a] (1) 2", ()), ("", ()),
+        ("Two years [1].", (1,)),
+        ("两年【2】。", (2,)),
+        ("两年［１］", (1,)),
+        ("a [2][1] b [2]", (2, 1)),
+        ("x [1, 2]", (1, 2)),
+        ("是【1、2】", (1, 2)),
+        ("[ 2 ]", (2,)),
+        ("〔1〕", (1,)),
+        ("[0] [3] [999]", ()),
+        ("[1.5] [a] (1) 2", ()),
+        ("", ()),
     ],
-)  # fmt: skip
+)
 def test_citations_in_every_style(text, cited):
     assert citations_in(text, 2) == cited
 
 
 @pytest.mark.parametrize(
     "text",
-    ["你好，请介绍一下你自己", "Hello!", "hi", "您好！", "你好吗？", "Who are you?", "你是谁", "Good morning!",
-     "Hello, please introduce yourself.", "请用一句话介绍你自己。", "嗨～ 😀", "Hi there"],
-)  # fmt: skip
+    [
+        "你好，请介绍一下你自己",
+        "Hello!",
+        "hi",
+        "您好！",
+        "你好吗？",
+        "Who are you?",
+        "你是谁",
+        "Good morning!",
+        "Hello, please introduce yourself.",
+        "请用一句话介绍你自己。",
+        "嗨～ 😀",
+        "Hi there",
+    ],
+)
 def test_greetings(text):
     assert is_greeting(text)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["你好，保修期是多久？", "Hello, how long is the warranty?", "介绍一下你们的产品", "hi-fi speakers?", "", "  ", "???",
-     "你好用吗这个扫地机", "Who are your founders?", "你好吗啡"],
-)  # fmt: skip
+    [
+        "你好，保修期是多久？",
+        "Hello, how long is the warranty?",
+        "介绍一下你们的产品",
+        "hi-fi speakers?",
+        "",
+        "  ",
+        "???",
+        "你好用吗这个扫地机",
+        "Who are your founders?",
+        "你好吗啡",
+    ],
+)
 def test_questions_are_no_greetings(text):
     assert not is_greeting(text)
 
 
-def test_an_answer_carries_its_evidence():
+def test_an_answer_carries_its_evidence(tmp_path):
     with ollama(scripted("Two ", "years ", "[1].\n")) as wire:
-        handler = RAGHandler(Settings.load(ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf())
+        handler = RAGHandler(
+            Settings.load(tmp_path, ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf()
+        )
         told = handler.ask("How long is the warranty?")
         sent = wire.sent("/api/chat")[0]["messages"]
     assert (told.text, told.model, told.finish_reason) == ("Two years [1].", "ollama:tiny", "stop")
@@ -103,9 +148,11 @@ def test_an_answer_carries_its_evidence():
     assert "*[1] warranty.md:10" in str(told) and " [2] 保修.md:0" in str(told)
 
 
-def test_the_prompt_is_in_the_questions_language():
+def test_the_prompt_is_in_the_questions_language(tmp_path):
     with ollama() as wire:
-        handler = RAGHandler(Settings.load(ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf())
+        handler = RAGHandler(
+            Settings.load(tmp_path, ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf()
+        )
         handler.ask("保修多久？", history=[("你好", "您好！")])
         handler.ask("How long?", top_k=1)
         chinese, english = (body["messages"] for body in wire.sent("/api/chat"))
@@ -117,25 +164,33 @@ def test_the_prompt_is_in_the_questions_language():
 @pytest.mark.parametrize(
     "pieces", [(" \n Two", " ", " years", "\n\n", "ok \n"), ("\n", " "), ("一", "。\n", "二")]
 )
-def test_the_pieces_are_the_answer(pieces):
+def test_the_pieces_are_the_answer(tmp_path, pieces):
     with ollama(scripted(*pieces)) as wire:
-        handler = RAGHandler(Settings.load(ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf())
+        handler = RAGHandler(
+            Settings.load(tmp_path, ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf()
+        )
         for question in ("How long?", "你好"):
             *shown, told = handler.stream(question)
             assert isinstance(told, Answer) and "".join(shown) == told.text
             assert told.text.startswith("".join(pieces).strip())
 
 
-def test_reasoning_stays_apart():
+def test_reasoning_stays_apart(tmp_path):
     with ollama(thinking="嗯 [2]") as wire:
-        handler = RAGHandler(Settings.load(ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf())
+        handler = RAGHandler(
+            Settings.load(tmp_path, ollama_base_url=wire.url, ollama_model="tiny"), store=Shelf()
+        )
         told = handler.ask("How long?", options=GenerationOptions(think=True))
     assert (told.text, told.reasoning, told.citations) == ("Hello!", "嗯 [2]", ())
 
 
-@pytest.mark.parametrize(("question", "remark"), [
-    ("你好，请介绍一下你自己", "（本回答未使用任何资料来源。）"), ("Hello!", "(No source was used for this answer.)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("question", "remark"),
+    [
+        ("你好，请介绍一下你自己", "（本回答未使用任何资料来源。）"),
+        ("Hello!", "(No source was used for this answer.)"),
+    ],
+)
 def test_a_greeting_gets_an_answer_without_sources(tmp_path, smol, smol_engine, question, remark):
     shelf = Shelf()
     handler = LoRARAGHandler(Settings.load(tmp_path, max_new_tokens=24, temperature=0), store=shelf)
@@ -257,9 +312,12 @@ def test_a_refused_switch_changes_nothing(root, load):
         handler = LoRARAGHandler(load(root, OLLAMA_BASE_URL=url), store=Shelf())
         before = handler.ask("How long?", options=GenerationOptions(max_new_tokens=8))
         for wish, kind in (
-            ({"use_lora": False}, ServiceError), ({"model": "lora:green"}, AdapterNotFoundError),
-            ({"model": "nonsense"}, ModelError), ({}, ModelError), ({"use_lora": True, "model": "ollama:x"}, ModelError),
-        ):  # fmt: skip
+            ({"use_lora": False}, ServiceError),
+            ({"model": "lora:green"}, AdapterNotFoundError),
+            ({"model": "nonsense"}, ModelError),
+            ({}, ModelError),
+            ({"use_lora": True, "model": "ollama:x"}, ModelError),
+        ):
             with pytest.raises(kind) as caught:
                 handler.switch_model(**wish)
             says(caught.value)

@@ -1,7 +1,4 @@
-"""What happens beside a training: progress with time left, the losses, and the end at a broken loss.
-
-Imports transformers, so it is imported by `train` when a training starts.
-"""
+"""What happens beside a training: progress with time left, the losses, and the end at a broken loss."""
 
 from __future__ import annotations
 
@@ -9,17 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
-
 from rag_kit.errors import ModelError, message
 
 OnLog = Callable[[dict[str, float]], None]
 
 
-class Progress(TrainerCallback):
+class Progress:
     """Shows a bar that both notebooks and terminals can draw, and keeps every step's loss in `history`.
 
+    A Trainer callback by its methods (not by inheritance, which would import transformers here).
     transformers' own notebook bar is left out: nbval cannot read it.
     """
 
@@ -28,8 +23,16 @@ class Progress(TrainerCallback):
         self._show, self._on_log = show, on_log
         self._bar: Any = None
 
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Do nothing at the events that are not listed here."""
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Open the bar."""
+        from tqdm.auto import tqdm
+
         self._bar = tqdm(total=state.max_steps, desc=message("finetune_progress"), disable=not self._show)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:

@@ -13,18 +13,20 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rag_kit.errors import ModelError, RagKitError, StoreError, message
+from rag_kit.errors import ModelError, RagKitError, StoreError
+from rag_kit.finetune.callbacks import OnLog, Progress
 from rag_kit.finetune.conversations import TrainingData, load_training_data
 from rag_kit.finetune.dataset import Example, encode_conversations, pack
 from rag_kit.finetune.forecast import Forecast, make_forecast
 from rag_kit.finetune.hyperparameters import Hyperparameters
+from rag_kit.finetune.trainable import load_trainable, packing_holds
 from rag_kit.manifest import replacing, write_atomic, write_manifest
 from rag_kit.models.adapters import CONFIG, FLAT, RECIPE, Adapter, read_adapter
 from rag_kit.models.base import Base, resolve_base
@@ -32,13 +34,9 @@ from rag_kit.models.device import Device, choose_device
 from rag_kit.models.render import end_ids
 from rag_kit.settings import Settings, get_settings
 
-if TYPE_CHECKING:
-    from rag_kit.finetune.callbacks import OnLog
-
 LOG = "training_log.jsonl"
 VERSIONS = ("rag-kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
 BESIDE_WEIGHTS = 64 * 2**20  # bytes for tokenizer files, log and recipe
-PACKING_TOLERANCE = 0.03  # relative; bf16 moves a loss by some thousandths
 
 _log = logging.getLogger(__name__)
 
@@ -123,75 +121,6 @@ def finetune(
     return FinetuneResult(adapter, adapter.recipe or recipe, rows, seconds, forecast, kept)
 
 
-def load_trainable(base: Base, device: Device, chosen: Hyperparameters) -> tuple[Any, Any, str]:
-    """Return the base with a new adapter whose weights alone are trained (f32), tokenizer and dtype name.
-
-    Raises ModelError where `target_modules` names no layer of the base.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    dtype = training_dtype(device, chosen)
-    tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, dtype))
-    model.to(device.name)
-    model.config.use_cache = False
-    if chosen.gradient_checkpointing:
-        # Frozen embeddings give the checkpointed layers inputs without gradient: the backward pass would end
-        # with "element 0 of tensors does not require grad".
-        model.enable_input_require_grads()
-    set_seed(chosen.seed)  # the first values of the adapter's A matrices
-    config = LoraConfig(
-        r=chosen.lora_r, lora_alpha=chosen.lora_alpha, lora_dropout=chosen.lora_dropout,
-        target_modules=chosen.layers, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        told = {"targets": chosen.target_modules, "base": base.name, "known": ", ".join(sorted(linear))}
-        raise ModelError("finetune_targets", **told) from error
-    return model, tokenizer, dtype
-
-
-def training_dtype(device: Device, chosen: Hyperparameters) -> str:
-    """Return the number type of the frozen base; the adapter is always trained in float32.
-
-    On the CPU bfloat16 where the CPU multiplies it natively (a quarter faster), else float32; `fp16` has no
-    effect there. On CUDA float16 with `fp16`, else what `choose_device` says.
-    """
-    import torch
-
-    if device.name != "cpu":
-        return "float16" if chosen.fp16 else "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if chosen.fp16:
-        _log.warning("%s", message("finetune_fp16_unused"))
-    has = torch.cpu.get_capabilities()
-    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
-
-
-def packing_holds(model: Any, examples: Sequence[Example], device: Device) -> bool:
-    """Return whether the base gives packed examples the loss that each gets alone.
-
-    It does where attention follows the given mask and positions; a base with another memory (a state-space
-    or linear-attention model) does not, and is trained one example at a time.
-    """
-    import torch
-
-    few = sorted(examples, key=len)[:4]
-    if len(few) == 1:
-        return True
-
-    def loss(batch: Sequence[Example]) -> float:
-        inputs = {name: tensor.to(device.name) for name, tensor in pack(batch).items()}
-        return float(model(**inputs).loss) * len(inputs["labels"][0])
-
-    with torch.inference_mode():
-        together, alone = loss(few), sum(loss([example]) for example in few)
-    return math.isclose(together, alone, rel_tol=PACKING_TOLERANCE)
-
-
 def check_output(folder: Path, needed: int) -> None:
     """Raise StoreError where `folder` cannot be written or its disk has fewer than `needed` bytes free."""
     with _told_unwritable(folder):
@@ -218,8 +147,6 @@ def _train(
 ) -> list[dict[str, float]]:
     """Run the Trainer and return its log rows."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-
-    from rag_kit.finetune.callbacks import Progress
 
     batch = chosen.batch_size or 1
     watch = Progress(show=progress, on_log=on_log)

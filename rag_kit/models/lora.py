@@ -6,6 +6,7 @@ a keyword of `invoke` or `stream`, for one request.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -133,6 +134,20 @@ class LoRALanguageModel(BaseChatModel):
         """Bring the base and the adapter into memory; return the engine's key of the adapter."""
         adapter, engine = self.adapter(reference), self.engine
         return None if adapter is None else engine.load_adapter(adapter)
+
+    def check_effect(self, reference: str | None = None) -> float:
+        """Return by how much the adapter moves the base's logits on a probe text at most; 0 for `base`.
+
+        Raises ModelError for an adapter that moves nothing, or to no number: it may not be compared.
+        """
+        adapter = self.adapter(reference)
+        if adapter is None:
+            return 0.0
+        with self.engine.holding(adapter) as key:
+            effect = self.engine.effect(str(key))
+        if not 0 < effect < math.inf:
+            raise ModelError("adapter_without_effect", adapter=adapter.name, effect=effect)
+        return effect
 
     def render(self, messages: list[BaseMessage]) -> Rendered:
         """Return the token ids that `messages` become for this base."""

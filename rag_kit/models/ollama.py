@@ -80,7 +80,7 @@ class OllamaLanguageModel(ChatOllama):
 
     options: GenerationOptions = GenerationOptions()
     timeout: float = READ_S
-    _shown: Any = PrivateAttr(default=None)
+    _shown: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(cls, model: str, settings: Settings, options: GenerationOptions | None = None) -> Self:
@@ -113,30 +113,37 @@ class OllamaLanguageModel(ChatOllama):
         """The address of the server."""
         return self.base_url or "http://localhost:11434"
 
-    def describe(self) -> Any:
+    def describe(self, model: str | None = None) -> Any:
         """Return what the server says of the model (`/api/show`): template, capabilities, sizes."""
-        if self._shown is None:
-            with explaining(self.server, self.model):
-                self._shown = client(self.server).show(self.model)
-        return self._shown
+        name = model or self.model
+        if name not in self._shown:
+            with explaining(self.server, name):
+                self._shown[name] = client(self.server).show(name)
+        return self._shown[name]
 
-    @property
-    def context_length(self) -> int | None:
-        """The tokens that the model's context can hold, None where the server does not say."""
-        sizes = self.describe().modelinfo or {}
+    def context_length(self, model: str | None = None) -> int | None:
+        """Return the tokens that the model's context can hold, None where the server does not say."""
+        sizes = self.describe(model).modelinfo or {}
         return next((int(size) for key, size in sizes.items() if key.endswith(".context_length")), None)
 
-    def can_think(self) -> bool | None:
+    def can_think(self, model: str | None = None) -> bool | None:
         """Whether the model can reason before it answers; None where the server is too old to say."""
-        capabilities = self.describe().capabilities
+        capabilities = self.describe(model).capabilities
         return None if capabilities is None else "thinking" in capabilities
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        named = {"ls_model_name": kwargs.get("model") or self.model}
+        sampled = {"ls_temperature": self.options.temperature, "ls_max_tokens": self.options.max_new_tokens}
+        return {**params, **named, **sampled}
 
     def _chat_params(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         options: GenerationOptions = kwargs.pop("options", None) or self.options
         options = options.updated(stop=tuple(stop) if stop else None)
-        thinking = self.can_think()
+        model = kwargs.get("model") or self.model
+        thinking = self.can_think(model)
         kwargs["reasoning"] = None if thinking is None else bool(thinking and options.think)
         sent = {
             "temperature": options.temperature,
@@ -147,24 +154,24 @@ class OllamaLanguageModel(ChatOllama):
             "num_predict": options.max_new_tokens,
             "seed": options.seed,
             "stop": list(options.stop),
-            "num_ctx": options.num_ctx or self._num_ctx(messages, options.max_new_tokens),
+            "num_ctx": options.num_ctx or self._num_ctx(messages, options.max_new_tokens, model),
         }
         return super()._chat_params(messages, None, options=sent, **kwargs)
 
-    def _num_ctx(self, messages: Sequence[BaseMessage], new: int) -> int:
+    def _num_ctx(self, messages: Sequence[BaseMessage], new: int, model: str) -> int:
         """Return the least step that surely holds prompt and answer: the server cuts silently."""
         needed = new + sum(conservative_count(text_of(message)) + 16 for message in messages)
-        limit = self.context_length
+        limit = self.context_length(model)
         if limit is not None and needed > limit:
-            raise ModelError("ollama_prompt_too_long", tokens=needed, model=self.model, limit=limit)
+            raise ModelError("ollama_prompt_too_long", tokens=needed, model=model, limit=limit)
         step = next((step for step in CONTEXT_STEPS if step >= needed), needed)
         return step if limit is None else min(step, limit)
 
     def _create_chat_stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> Iterator[Mapping[str, Any] | str]:
-        whole = _Whole(self.options)
-        with explaining(self.server, self.model):
+        whole = _Whole(kwargs.get("options") or self.options)
+        with explaining(self.server, kwargs.get("model") or self.model):
             for part in super()._create_chat_stream(messages, stop, **kwargs):
                 whole.check(part)
                 yield part
@@ -173,8 +180,8 @@ class OllamaLanguageModel(ChatOllama):
     async def _acreate_chat_stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> AsyncIterator[Mapping[str, Any] | str]:
-        whole = _Whole(self.options)
-        with explaining(self.server, self.model):
+        whole = _Whole(kwargs.get("options") or self.options)
+        with explaining(self.server, kwargs.get("model") or self.model):
             async for part in super()._acreate_chat_stream(messages, stop, **kwargs):
                 whole.check(part)
                 yield part

@@ -18,7 +18,7 @@ def squad(path: Path, articles: int) -> Path:
             "title": f"文章{article}",
             "paragraphs": [
                 {
-                    "context": f"Paragraph {number} of {article}: the code is A{article}-{number}. 代码如上。",
+                    "context": f"Paragraph {number} of {article}: code A{article}-{number}. 代码如上。",
                     "qas": [
                         {
                             "id": f"{article}-{number}",

@@ -30,7 +30,8 @@ def test_help_lists_every_command_and_loads_nothing_heavy(capsys: pytest.Capture
     text = capsys.readouterr().out
     for command in ("setup", "run", "test", "config", "index", "adapters", "finetune", "ask", "compare"):
         assert command in text
-    code = "import sys, rag_kit.faces.cli as c; c.build_parser(); print({'torch','transformers','pandas'} & {*sys.modules})"
+    heavy = "{'torch', 'transformers', 'pandas'} & {*sys.modules}"
+    code = f"import sys, rag_kit.faces.cli as c; c.build_parser(); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -86,19 +87,23 @@ def test_without_index_and_adapter_an_answer_says_so(tmp_path: Path) -> None:
 
 
 def test_a_comparison_runs_and_resumes(tmp_path: Path) -> None:
-    arguments = ("compare", "--arms", "base+none", "ollama:qwen3:4b+none", "--split", "paraphrase", "--limit", "2",
-                 "--max-new-tokens", "4", "--run", "mine")  # fmt: skip
+    text = "compare --arms base+none ollama:qwen3:4b+none --split paraphrase --limit 2 --max-new-tokens 4"
+    arguments = [*text.split(), "--run", "mine"]
     first = rag_kit(tmp_path, *arguments)
     assert first.returncode == 0, first.stderr
     assert "base+none" in first.stdout
     assert (tmp_path / "runs" / "mine" / "rows.parquet").is_file()
-    other = rag_kit(tmp_path, *arguments[:-1], "mine", "--limit", "3")
+    other = rag_kit(tmp_path, *arguments, "--limit", "3")
     assert other.returncode == 2
     assert "Traceback" not in other.stderr
 
 
 def test_the_guides_flags_are_understood() -> None:
-    given = ["finetune", "--model_name", "Qwen/Qwen2.5-1.5B-Instruct", "--cache_dir", "X", "--output_dir", "./lora_adapters", "--num_train_epochs", "3", "--fp16", "False", "--gradient_checkpointing", "False"]
+    text = (
+        "finetune --model_name Qwen/Qwen2.5-1.5B-Instruct --cache_dir X --output_dir ./lora_adapters "
+        "--num_train_epochs 3 --fp16 False --gradient_checkpointing False"
+    )
+    given = text.split()
     dashed = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in given]
     first, second = build_parser().parse_args(given), build_parser().parse_args(dashed)
     assert vars(first) == vars(second)

@@ -17,14 +17,14 @@ MakeAdapter = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
+def threads() -> None:
     import torch
 
     torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
-def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings of the one who runs the tests must not decide them."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)

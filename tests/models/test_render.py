@@ -14,9 +14,17 @@ from rag_kit.models.render import ROLES, encode_text, end_ids, render
 from tests.models.texts import says
 
 HARMLESS = (
-    "How long does a repair take?", "保修期是多久？我的 Qwen2.5 版本是 2.5。", "emoji 😀👩‍👩‍👧 and ½", "a\n\n\nb  c\t d",
-    " one blank before", "two behind  ", "中文 English 混合 text", "don't <b>x</b> [1]", "a trailing line\n", "",
-)  # fmt: skip
+    "How long does a repair take?",
+    "保修期是多久？我的 Qwen2.5 版本是 2.5。",
+    "emoji 😀👩‍👩‍👧 and ½",
+    "a\n\n\nb  c\t d",
+    " one blank before",
+    "two behind  ",
+    "中文 English 混合 text",
+    "don't <b>x</b> [1]",
+    "a trailing line\n",
+    "",
+)
 # SmolLM2's vocabulary lacks a few bytes, which begin or continue only rare characters
 MISSING = {0xF1, 0xF2, 0x04, 0x06, 0x13, 0x14, 0x16, 0x1D}
 KNOWN = st.text(st.characters(exclude_categories=["Cs", "Cn", "Co"]), max_size=40).filter(

@@ -3,7 +3,7 @@
 Neither model calls tools or takes pictures, so those tests are skipped by the suites themselves.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from langchain_core.language_models import BaseChatModel
@@ -15,17 +15,18 @@ from rag_kit.models.ollama import OllamaLanguageModel
 from rag_kit.settings import Settings
 from tests.servers import from_model, ollama
 
-SHORT = 8
+SHORT = {"max_tokens": 4}  # the unit suites give their own
 
 
 class _Local:
     """One project with the embedded base and one adapter of it."""
 
     @pytest.fixture(scope="class", autouse=True)
-    def _project(self, request, tmp_path_factory, make_adapter, smol, smol_engine):
+    @classmethod
+    def _project(cls, tmp_path_factory, make_adapter, smol, smol_engine):
         root = tmp_path_factory.mktemp("standard")
         make_adapter(root / "lora_adapters" / "one", smol, size=0.02)
-        request.cls.settings = Settings.load(root)
+        cls.settings = Settings.load(root)
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -33,7 +34,7 @@ class _Local:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "base", "max_tokens": SHORT, "settings": self.settings}
+        return {"model": "base", "settings": self.settings} | self.limits
 
     @property
     def model_override_value(self) -> str:
@@ -41,21 +42,22 @@ class _Local:
 
 
 class TestLoRAUnit(_Local, ChatModelUnitTests):
-    pass
+    limits: ClassVar[dict[str, Any]] = {}
 
 
 class TestLoRAIntegration(_Local, ChatModelIntegrationTests):
-    pass
+    limits: ClassVar[dict[str, Any]] = SHORT
 
 
 class _Served:
     """The embedded base behind a server that speaks Ollama's wire."""
 
     @pytest.fixture(scope="class", autouse=True)
-    def _server(self, request, smol_settings, smol_engine):
+    @classmethod
+    def _server(cls, smol_settings, smol_engine):
         base = LoRALanguageModel(model="base", settings=smol_settings)
         with ollama(from_model(base), models=("tiny:latest", "other:latest")) as wire:
-            request.cls.url = wire.url
+            cls.url = wire.url
             yield
 
     @property
@@ -64,7 +66,7 @@ class _Served:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "tiny", "base_url": self.url, "max_tokens": SHORT}
+        return {"model": "tiny", "base_url": self.url} | self.limits
 
     @property
     def model_override_value(self) -> str:
@@ -84,8 +86,8 @@ class _Served:
 
 
 class TestOllamaUnit(_Served, ChatModelUnitTests):
-    pass
+    limits: ClassVar[dict[str, Any]] = {}
 
 
 class TestOllamaIntegration(_Served, ChatModelIntegrationTests):
-    pass
+    limits: ClassVar[dict[str, Any]] = SHORT

@@ -1,5 +1,7 @@
 """Whatever the cuts, the pieces are the whole."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ TEXTS = st.text(alphabet=st.sampled_from("ab </think>\n。你好😀👨‍👩�
 
 def cut(text: str, places: list[int]) -> list[str]:
     edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @pytest.fixture(scope="module", params=["smol", "twin"])

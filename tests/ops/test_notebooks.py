@@ -23,6 +23,7 @@ def notebook(path: Path, *cells: str) -> Path:
     made = nbformat.v4.new_notebook()
     made.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
     made.cells[0].metadata["tags"] = ["parameters"]
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(made, path)
     return path
 
