@@ -16,11 +16,15 @@ from tests.twin import qwen_twin
 MakeAdapter = Callable[..., Path]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """One thread: the models are small, and a second costs more waiting than it saves."""
     import torch
 
-    torch.set_num_threads(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -149,7 +149,7 @@ def test_another_kind_of_adapter_is_told(plain, tmp_path):
 def elsewhere(plain, folder, kind: str):
     """An adapter's folder as another program leaves it."""
     shutil.copytree(plain, folder)
-    base = {"llama-factory": "/home/somebody/models/Qwen2.5-1.5B-Instruct", "ms-swift": "/mnt/nas/Qwen",
+    base = {"llama-factory": "/data/somebody/Qwen2.5-1.5B-Instruct", "ms-swift": "/mnt/nas/Qwen",
             "unsloth": "unsloth/qwen2.5-1.5b-instruct-bnb-4bit", "peft": ""}[kind]  # fmt: skip
     extra = {"llama-factory": ["all_results.json", "trainer_log.jsonl", "training_loss.png", "Modelfile"],
              "ms-swift": ["args.json", "additional_config.json", "logging.jsonl"],
