@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_kit.answer import Answer
     from rag_kit.compare.compare import Arm
     from rag_kit.compare.comparison import Comparison
     from rag_kit.data.loaders import load_documents, sample_handbook
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from rag_kit.models.lora import LoRALanguageModel
     from rag_kit.models.options import GenerationOptions
     from rag_kit.models.reference import load_model
-    from rag_kit.rag import Answer, LoRARAGHandler, RAGHandler
+    from rag_kit.rag import LoRARAGHandler, RAGHandler
     from rag_kit.settings import Settings, start
 
 _HOME = {
-    "Answer": "rag",
+    "Answer": "answer",
     "Arm": "compare.compare",
     "Comparison": "compare.comparison",
     "GenerationOptions": "models.options",

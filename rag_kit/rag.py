@@ -12,20 +12,18 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rag_kit.answer import Answer, stream_answer
 from rag_kit.data.language import detect_language
-from rag_kit.errors import ModelError, RagKitError, ServiceError, message
-from rag_kit.manifest import fingerprint
+from rag_kit.errors import ModelError, RagKitError, message
 from rag_kit.models.adapters import adapter_folders
 from rag_kit.models.options import GenerationOptions
-from rag_kit.models.prompt import build_messages
 from rag_kit.models.reference import load_model
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
-    from langchain_core.messages import AIMessageChunk, BaseMessage
 
     from rag_kit.index.hit import Hit
     from rag_kit.index.store import FaissStore
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rag_kit.rag")
 
 TOP_K = 4
-OFF = GenerationOptions()
-_CITED = re.compile(r"[\[【［〔]\s*(\d{1,3}(?:\s*[,，、;；]\s*\d{1,3})*)\s*[\]】］〕]")
 _GREETING = re.compile(
     r"(hi( there)?|hello|hey|good (morning|afternoon|evening)|"
     r"你好[吗呀啊]?|您好|嗨|哈喽|早上好|下午好|晚上好)?\W*"
@@ -45,149 +41,10 @@ _GREETING = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer with its evidence.
-
-    `reasoning` is never scored, cited or fed back; `citations` are numbers of `sources`, from 1;
-    `usage` counts tokens (`input_tokens`, `output_tokens`), absent where the server does not say;
-    `timings` are seconds (`retrieval_s`, `load_s`, `first_token_s`, `total_s`); `degraded` says what was
-    missing and why.
-    """
-
-    text: str
-    model: str
-    sources: tuple[Hit, ...] = ()
-    citations: tuple[int, ...] = ()
-    reasoning: str = ""
-    finish_reason: str = ""
-    usage: dict[str, int] | None = None
-    timings: dict[str, float] | None = None
-    prompt_hash: str = ""
-    degraded: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.text}\n\n{self.evidence()}".strip()
-
-    def evidence(self) -> str:
-        """Return the sources, the cited ones starred, then what answered and what was degraded."""
-        lines = []
-        for number, hit in enumerate(self.sources, 1):
-            place = f"{hit.document.metadata.get('source')}:{hit.document.metadata.get('start')}"
-            lines.append(f"{'*' if number in self.citations else ' '}[{number}] {place} ({hit.score:.3f})")
-        seconds = (self.timings or {}).get("total_s", 0.0)
-        lines.append(f"{self.model} · {seconds:.1f} s")
-        return "\n".join([*lines, *(f"! {note}" for note in self.degraded)])
-
-
-def citations_in(text: str, sources: int) -> tuple[int, ...]:
-    """Return the numbers of sources cited in `text`, as `[1]`, `【1】` or `[1, 2]`, in order, once each."""
-    numbers = (int(number) for found in _CITED.findall(text) for number in re.findall(r"\d+", found))
-    return tuple(dict.fromkeys(number for number in numbers if 1 <= number <= sources))
-
-
 def is_greeting(text: str) -> bool:
     """Whether `text` is nothing but a greeting or a request to introduce oneself."""
     words = re.sub(r"^\W+|\W+$", "", text)
     return bool(words) and bool(_GREETING.fullmatch(words))
-
-
-def answer(model: BaseChatModel, question: str, passages: Sequence[Hit] = (), **how: Any) -> Answer:
-    """Return the model's answer to `question` from `passages`; `how` as for `stream_answer`."""
-    *_, last = stream_answer(model, question, passages, **how)
-    assert isinstance(last, Answer)
-    return last
-
-
-def stream_answer(
-    model: BaseChatModel,
-    question: str,
-    passages: Sequence[Hit] = (),
-    *,
-    language: str | None = None,
-    options: GenerationOptions | None = None,
-    history: Sequence[tuple[str, str]] = (),
-    reference: str | None = None,
-) -> Iterator[str | Answer]:
-    """Yield the pieces of the answer's text as they come, and last the whole Answer.
-
-    Raises what the model raises: ModelError, ServiceError.
-    """
-    language = language or detect_language(question)
-    texts = [hit.document.page_content for hit in passages]
-    messages = build_messages(question, texts, language=language, history=history)
-    reference = reference or str(getattr(model, "model", "") or type(model).__name__)
-    start, first, whole = time.perf_counter(), None, None
-    text = held = ""  # blank space at the end of a piece waits: none ends the answer
-    for chunk in _chunks(model, messages, options, reference):
-        if first is None and (chunk.text or chunk.additional_kwargs.get("reasoning_content")):
-            first = time.perf_counter() - start
-        whole = chunk if whole is None else whole + chunk
-        held += str(chunk.text)
-        piece = held.rstrip() if text else held.strip()
-        if piece:
-            held = held[len(held.rstrip()) :]
-            text += piece
-            yield piece
-    total = time.perf_counter() - start
-    if whole is None:
-        raise ModelError("empty_stream", reference=reference)
-    told = whole.response_metadata
-    counts = whole.usage_metadata
-    usage = {name: counts[name] for name in ("input_tokens", "output_tokens")} if counts else {}  # type: ignore[literal-required]
-    timings = {"total_s": total} | ({} if first is None else {"first_token_s": first})
-    yield Answer(
-        text=text,
-        # a local model tells which adapter `lora` was
-        model=str(told["model_name"]) if told.get("model_provider") == "rag-kit" else reference,
-        sources=tuple(passages),
-        citations=citations_in(text, len(passages)),
-        reasoning=str(whole.additional_kwargs.get("reasoning_content", "")),
-        finish_reason=str(told.get("finish_reason") or told.get("done_reason") or ""),
-        usage=usage,
-        timings=timings,
-        prompt_hash=told.get("prompt_hash") or fingerprint([[m.type, str(m.text)] for m in messages]),
-    )
-
-
-def _chunks(
-    model: BaseChatModel, messages: Sequence[BaseMessage], options: GenerationOptions | None, reference: str
-) -> Iterator[AIMessageChunk]:
-    """Yield the model's chunks; what a provider's own package raises becomes a ServiceError."""
-    try:
-        yield from model.stream(list(messages), **_request(model, options))
-    except RagKitError:
-        raise
-    except Exception as error:
-        if _is_ours(model):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ServiceError("provider_broke", reference=reference, reason=reason) from error
-
-
-def _is_ours(model: BaseChatModel) -> bool:
-    return type(model).__module__.startswith("rag_kit.")
-
-
-def _request(model: BaseChatModel, options: GenerationOptions | None) -> dict[str, Any]:
-    """Return the keywords that carry `options` to this kind of model."""
-    if options is None:
-        return {}
-    if _is_ours(model):
-        return {"options": options}
-    request: dict[str, Any] = {
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "max_tokens": options.max_new_tokens,
-    }
-    if type(model).__module__.startswith("langchain_openai"):
-        request["seed"] = options.seed
-        # OpenAI itself refuses these; vLLM and llama.cpp take them, and all have them off by default
-        names = ("top_k", "min_p", "repetition_penalty")
-        own = {name: getattr(options, name) for name in names}
-        if extra := {name: value for name, value in own.items() if value != getattr(OFF, name)}:
-            request["extra_body"] = extra
-    return request | ({"stop": list(options.stop)} if options.stop else {})
 
 
 class RAGHandler:
@@ -261,14 +118,15 @@ class RAGHandler:
         question: str,
         *,
         model: str | None = None,
+        use_lora: bool | None = None,
         top_k: int = TOP_K,
         history: Sequence[tuple[str, str]] = (),
         options: GenerationOptions | None = None,
     ) -> Iterator[str | Answer]:
         """Yield the answer's text as it is generated, and last the Answer.
 
-        `model` is a reference for this request alone. A model named here that cannot answer is an error;
-        where the default cannot, the next in line does and the answer says so.
+        `model` and `use_lora` (False means OLLAMA_MODEL) hold for this request alone. A `model` that cannot
+        answer is an error; for the default and for `use_lora` the next in line answers, and says so.
         """
         language = detect_language(question)
         degraded: list[str] = []
@@ -285,14 +143,17 @@ class RAGHandler:
         retrieval_s = time.perf_counter() - start
         options = options or GenerationOptions.from_settings(self.settings)
         failures: list[RagKitError] = []
-        line = [model] if model else self._line()
+        meant = self._meant(use_lora, model)
+        line = [meant] if model else self._line(meant)
         for reference in line:
             try:
                 load_s = self._load(reference)
                 asked, notes = self._speakable(question, reference, language, greeting)
-                pieces = stream_answer(
-                    self.model(reference), asked, hits, options=options, history=history, reference=reference
-                )
+                how: dict[str, Any] = {"options": options, "history": history, "reference": reference}
+                if greeting:  # a small model drawn at random makes up a name and a life
+                    how["options"] = options.greedy()
+                    how["system"] = message("greeting_system", lang=detect_language(asked))
+                pieces = stream_answer(self.model(reference), asked, hits, **how)
                 first = next(pieces)  # a model that cannot answer fails here, before anything was shown
             except RagKitError as error:
                 failures.append(error)
@@ -348,9 +209,19 @@ class RAGHandler:
         base = getattr(self.model(reference), "base_model", None)
         return base.languages() if base is not None else ()
 
-    def _line(self) -> list[str]:
-        """Return the references to try, the default first."""
-        return [self.reference]
+    def _meant(self, use_lora: bool | None, model: str | None = None) -> str:
+        """Return what `use_lora` and `model` ask for; the default where they say nothing.
+
+        Raises ModelError where they disagree.
+        """
+        meant = None if use_lora is None else "lora" if use_lora else f"ollama:{self.settings.ollama_model}"
+        if model and meant and model.split(":")[0] != meant.split(":")[0]:
+            raise ModelError("switch_disagrees", use_lora=str(use_lora).lower(), model=model)
+        return model or meant or self.reference
+
+    def _line(self, chosen: str) -> list[str]:
+        """Return the references to try, `chosen` first."""
+        return [chosen]
 
     def model_info(self) -> dict[str, Any]:
         """Return the guide's `/model_info`: paths and names as they were written in the settings."""
@@ -393,12 +264,9 @@ class LoRARAGHandler(RAGHandler):
         `use_lora` False means OLLAMA_MODEL. Raises ModelError where both are given and disagree, and
         whatever keeps the new model from answering; then nothing changes.
         """
-        meant = None if use_lora is None else "lora" if use_lora else f"ollama:{self.settings.ollama_model}"
-        if model and meant and model.split(":")[0] != meant.split(":")[0]:
-            raise ModelError("switch_disagrees", use_lora=str(use_lora).lower(), model=model)
-        wanted = model or meant
-        if wanted is None:
+        if use_lora is None and model is None:
             raise ModelError("switch_nothing")
+        wanted = self._meant(use_lora, model)
         self._reachable(wanted)
         self._switched = wanted
         return wanted
@@ -410,9 +278,8 @@ class LoRARAGHandler(RAGHandler):
         if describe is not None:
             describe()
 
-    def _line(self) -> list[str]:
+    def _line(self, chosen: str) -> list[str]:
         """Return what was chosen, then the nearest that may answer in its place."""
-        chosen = self.reference
         others = ["base", f"ollama:{self.settings.ollama_model}"]
         if chosen.startswith("ollama:"):
             others = ["lora", "base"]

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
     from tqdm import tqdm
 
+    from rag_kit.answer import Answer
     from rag_kit.data.questions import Question
     from rag_kit.index.hit import Hit
     from rag_kit.models.options import GenerationOptions
-    from rag_kit.rag import Answer
     from rag_kit.settings import Settings
 
 Context = Literal["none", "retrieved"]
@@ -96,7 +96,7 @@ def compare(
 
         options = GenerationOptions.from_settings(settings or get_settings()).greedy()
     if ask is None:
-        from rag_kit.rag import answer
+        from rag_kit.answer import answer
 
         ask = answer
     models: dict[str, tuple[str, str | None]] = {arm.model: (arm.model, None) for arm in columns}

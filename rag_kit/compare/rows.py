@@ -13,11 +13,11 @@ from rag_kit.manifest import fingerprint, write_atomic
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from rag_kit.answer import Answer
     from rag_kit.compare.compare import Arm
     from rag_kit.compare.run import FrozenContext
     from rag_kit.data.questions import Question
     from rag_kit.index.hit import Hit
-    from rag_kit.rag import Answer
 
 Row = dict[str, Any]
 RECALL_AT = (1, 5)

@@ -196,10 +196,10 @@ def ask(arguments: Namespace) -> int:
     from rag_kit.rag import LoRARAGHandler
 
     handler = LoRARAGHandler(start())
-    if arguments.use_lora is not None:
-        handler.switch_model(use_lora=arguments.use_lora == "true")
+    use_lora = None if arguments.use_lora is None else arguments.use_lora == "true"
+    how = {"model": arguments.model, "use_lora": use_lora, "top_k": arguments.top_k}
     last: Any = None
-    for piece in handler.stream(arguments.question, model=arguments.model, top_k=arguments.top_k):
+    for piece in handler.stream(arguments.question, **how):
         if isinstance(piece, str):
             print(piece, end="", flush=True)
         last = piece

@@ -14,16 +14,17 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage, convert_to_messages
 
 from rag_kit.data.language import detect_language
-from rag_kit.data.loaders import sample_handbook
+from rag_kit.data.loaders import load_documents, sample_handbook
 from rag_kit.data.problems import SeveralProblems
-from rag_kit.data.questions import Question, load_questions, squad_documents
+from rag_kit.data.questions import Question, Span, load_questions, squad_documents
 from rag_kit.data.readers import decode_file, json_lines
 from rag_kit.data.sets import with_split
 from rag_kit.errors import DataError
-from rag_kit.manifest import sha256
+from rag_kit.manifest import fingerprint, sha256
 from rag_kit.models.prompt import SYSTEM, build_messages
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".xlsx")
+READING = 10  # questions with sources among the handbook's facts
 Conversation = list[BaseMessage]
 
 
@@ -43,14 +44,18 @@ def handbook_facts() -> Path:
 
 
 def load_training_data(path: Path | None = None, *, split: str = "train") -> TrainingData:
-    """Read training data; without a path, the sample handbook's facts.
+    """Read training data; without a path, the sample handbook's facts and a few questions with sources.
 
     `.jsonl` holds facts (`questions`, `answer`), chat messages (`messages`, as OpenAI's fine-tuning takes
     them) or a question set; `.json` is in SQuAD format, its contexts are the passages; `.csv` and `.xlsx`
     are question sets. Of a question set only `split` is taken (`all`: everything); where it has no splits
     `with_split` gives them, as for a comparison, so that the test part stays unseen. Raises DataError.
     """
-    path = handbook_facts() if path is None else Path(path)
+    if path is None:
+        conversations = [*_read_lines(handbook_facts(), _facts), *_reading()]
+        hashed = fingerprint([[message.content for message in each] for each in conversations])
+        return TrainingData("handbook", hashed, conversations)
+    path = Path(path)
     if not path.is_file():
         raise DataError("finetune_data_missing", path=path, supported=", ".join(SUFFIXES))
     suffix = path.suffix.lower()
@@ -65,6 +70,31 @@ def load_training_data(path: Path | None = None, *, split: str = "train") -> Tra
     if not conversations:
         raise DataError("finetune_data_empty", path=path, left_out=_told(left_out))
     return TrainingData(path.name, sha256(path), conversations, left_out)
+
+
+def _reading() -> Iterator[Conversation]:
+    """Yield some of the handbook's English train questions with the paragraph that answers each, and another.
+
+    They are no planted facts. Without them an adapter that knows facts by heart disregards its sources.
+    """
+    known = {record["id"] for _, record in json_lines(handbook_facts(), decode_file(handbook_facts()).text)}
+    texts = {each.metadata["source"]: each.page_content for each in load_documents(sample_handbook())}
+    questions = load_questions(sample_handbook() / "questions.jsonl")
+    asked = [q for q in questions if (q.split, q.language, q.answerable) == ("train", "en", True)]
+    asked = [question for question in asked if question.spans and question.id not in known]
+    chosen = asked[:: max(1, len(asked) // READING)][:READING]
+    paragraphs = [_paragraph(texts[question.spans[0].source], question.spans[0]) for question in chosen]
+    for number, question in enumerate(chosen):
+        passages = [paragraphs[number], paragraphs[number - 1]]
+        place = number % 2  # the right passage stands first and second in turn
+        answer = AIMessage(f"{question.answers[0]} [{place + 1}]")
+        yield [*build_messages(question.text, passages[:: -1 if place else 1]), answer]
+
+
+def _paragraph(text: str, span: Span) -> str:
+    """Return the lines around `span` that no blank line parts."""
+    start, end = text.rfind("\n\n", 0, span.start), text.find("\n\n", span.end)
+    return text[start + 2 if start >= 0 else 0 : end if end >= 0 else len(text)]
 
 
 def _kind(path: Path) -> str:

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import httpx
 import numpy as np
 import ollama
 
 from rag_kit.data.chunker import conservative_count
 from rag_kit.errors import DataError, ServiceError, message
 from rag_kit.index.contract import ContractEmbeddings, Vectors, instructions_for, normalised
+from rag_kit.ollama import LOOK_S, client, explaining
 
 BATCH = 16  # texts a request
-CONNECT_S, LOOK_S, EMBED_S = 5.0, 10.0, 120.0  # the first request loads the model
+EMBED_S = 120.0  # the first request loads the model
 SPECIAL = 2  # tokens around a text: BERT's [CLS] and [SEP]
 DEFAULT_CONTEXT = 512
 CHUNK_TOKENS = 448  # in the bound, which is 1.5 to 3 times the true count
@@ -38,9 +38,8 @@ class OllamaEmbeddings(ContractEmbeddings):
         self.model, self.base_url = model, base_url
         self.reference = reference or f"ollama:{model}"
         self.instructions = instructions_for(model)
-        limits = httpx.Timeout(timeout, connect=min(CONNECT_S, timeout))
-        self._client = ollama.Client(host=base_url, trust_env=False, timeout=limits)
-        self._looker = ollama.Client(host=base_url, trust_env=False, timeout=min(LOOK_S, timeout))
+        self._client = client(base_url, timeout)
+        self._looker = client(base_url, min(LOOK_S, timeout))
         self._warned = threading.Event()
 
     @cached_property
@@ -109,34 +108,13 @@ class OllamaEmbeddings(ContractEmbeddings):
 
     @contextmanager
     def _explaining(self, texts: Sequence[str] = ()) -> Iterator[None]:
-        """Turn what the client raises into an error that names the server, the model and a remedy."""
-        told: dict[str, object] = {"url": self.base_url, "model": self.model}
-        try:
-            yield
-        except ollama.ResponseError as error:
-            reason = " ".join(str(error.error).split())[:200]
-            if error.status_code == 404:
-                raise ServiceError("embedder_not_pulled", **told, known=self._known()) from error
-            if error.status_code == 400 and "context length" in reason:
+        """Tell a text that is too long by its beginning; the rest as `rag_kit.ollama.explaining` does."""
+        with explaining(self.base_url, self.model):
+            try:
+                yield
+            except ollama.ResponseError as error:
+                if error.status_code != 400 or "context length" not in str(error.error):
+                    raise
                 longest = max(texts, key=conservative_count, default="")
                 values = {"start": longest[:40], "tokens": conservative_count(longest), "model": self.model}
                 raise DataError("embed_too_long", **values, limit=self.limit) from error
-            reason = f"{error.status_code} {reason}".strip()
-            raise ServiceError("ollama_failed", **told, reason=reason) from error
-        except httpx.TimeoutException as error:
-            raise ServiceError(
-                "ollama_unreachable", url=self.base_url, reason=type(error).__name__
-            ) from error
-        except (httpx.ConnectError, ConnectionError) as error:
-            raise ServiceError(
-                "ollama_unreachable", url=self.base_url, reason="connection refused"
-            ) from error
-        except (httpx.TransportError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ServiceError("ollama_broke_off", **told, reason=reason) from error
-
-    def _known(self) -> str:
-        try:
-            return ", ".join(str(entry.model) for entry in self._looker.list().models) or "-"
-        except (ollama.ResponseError, httpx.HTTPError, ConnectionError, ValueError):
-            return "-"

@@ -6,69 +6,28 @@ Builds on `langchain_ollama.ChatOllama`; adds what a fair comparison needs.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
-import ollama
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_ollama import ChatOllama
 from pydantic import PrivateAttr, model_validator
 
 from rag_kit.data.chunker import conservative_count
-from rag_kit.errors import ModelError, ServiceError
+from rag_kit.errors import ModelError
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import text_of
 from rag_kit.models.textstream import ThinkSplitter
+from rag_kit.ollama import CONNECT_S, client, explaining
 
 if TYPE_CHECKING:
     from rag_kit.settings import Settings
 
-CONNECT_S, READ_S, LOOK_S = 5.0, 300.0, 10.0  # a cold model may need minutes to its first token
+READ_S = 300.0  # a cold model may need minutes to its first token
 LINES_BEYOND = 256
 CONTEXT_STEPS = (4096, 8192, 16384, 32768, 65536, 131072)  # few values: a new num_ctx reloads the model
-
-
-def client(base_url: str) -> ollama.Client:
-    """Return a client for short questions to the server at `base_url`, with no proxy between."""
-    return ollama.Client(host=base_url, trust_env=False, timeout=httpx.Timeout(LOOK_S, connect=CONNECT_S))
-
-
-def list_models(base_url: str) -> list[str]:
-    """Return the names of the models at `base_url`; raises ServiceError where it does not answer."""
-    with explaining(base_url, "-"):
-        return [str(entry.model) for entry in client(base_url).list().models]
-
-
-@contextmanager
-def explaining(base_url: str, model: str) -> Iterator[None]:
-    """Turn what the client raises into a ServiceError that names the server, the model and a remedy."""
-    try:
-        yield
-    except ollama.ResponseError as error:
-        if error.status_code == 404:
-            known = ", ".join(_known_models(base_url)) or "-"
-            raise ServiceError("ollama_no_model", url=base_url, model=model, known=known) from error
-        # an error line in the midst of a stream carries no status
-        reason = " ".join(str(error.error).split())[:200]
-        reason = reason if error.status_code < 0 else f"{error.status_code} {reason}".strip()
-        raise ServiceError("ollama_failed", url=base_url, model=model, reason=reason) from error
-    except httpx.TimeoutException as error:
-        raise ServiceError("ollama_unreachable", url=base_url, reason=type(error).__name__) from error
-    except (httpx.ConnectError, ConnectionError) as error:
-        raise ServiceError("ollama_unreachable", url=base_url, reason="connection refused") from error
-    except (httpx.TransportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ServiceError("ollama_broke_off", url=base_url, model=model, reason=reason) from error
-
-
-def _known_models(base_url: str) -> list[str]:
-    try:
-        return [str(entry.model) for entry in client(base_url).list().models]
-    except (ollama.ResponseError, httpx.HTTPError, ConnectionError, ValueError):
-        return []
 
 
 class OllamaLanguageModel(ChatOllama):

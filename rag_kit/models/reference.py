@@ -66,7 +66,7 @@ def known_references(settings: Settings) -> list[str]:
     if adapters:
         references += ["lora", *(f"lora:{name}" for name in adapters if name != FLAT)]
     try:
-        from rag_kit.models.ollama import list_models
+        from rag_kit.ollama import list_models
 
         references += [f"ollama:{name}" for name in list_models(settings.ollama_base_url)]
     except ServiceError:

@@ -12,11 +12,11 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 
+from rag_kit.answer import Answer, answer
 from rag_kit.compare.metrics import score_tokens
 from rag_kit.data.questions import Question, Span
 from rag_kit.errors import ModelError, ServiceError
 from rag_kit.index.hit import Hit
-from rag_kit.rag import Answer, answer
 
 DOCUMENTS = {
     "warranty.en.md": "The K7.2 kettle carries a warranty of 48 months. Repairs take 3.5 days on average.",

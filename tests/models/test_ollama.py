@@ -7,9 +7,10 @@ import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
 
 from rag_kit.errors import ModelError, ServiceError
-from rag_kit.models.ollama import OllamaLanguageModel, list_models
+from rag_kit.models.ollama import OllamaLanguageModel
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.reference import load_model
+from rag_kit.ollama import list_models
 from rag_kit.settings import Settings
 from tests.models.texts import says
 from tests.servers import closed_port, ollama, scripted

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
+from rag_kit.answer import answer
 from rag_kit.errors import AdapterNotFoundError, ModelError
 from rag_kit.models.lora import LoRALanguageModel
 from rag_kit.models.ollama import OllamaLanguageModel
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.reference import is_local, known_references, load_model
-from rag_kit.rag import answer
 from rag_kit.settings import Settings
 from tests.models.texts import says
 from tests.servers import closed_port, ollama, openai
