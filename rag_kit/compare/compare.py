@@ -198,6 +198,8 @@ def _answers(
         model = load(reference)
         if hasattr(model, "load"):
             model.load()  # now, so that the first answer's seconds are like the others'
+        if hasattr(model, "check_effect"):
+            model.check_effect()  # an adapter that changes nothing would pass for a fair opponent
     except Exception as error:
         broken = _reason(error)
     load_s = perf_counter() - started

@@ -94,7 +94,7 @@ def _reading() -> Iterator[Conversation]:
 def _paragraph(text: str, span: Span) -> str:
     """Return the lines around `span` that no blank line parts."""
     start, end = text.rfind("\n\n", 0, span.start), text.find("\n\n", span.end)
-    return text[start + 2 if start >= 0 else 0 : end if end >= 0 else len(text)]
+    return text[start + 2 if start >= 0 else 0 : end if end >= 0 else len(text)].strip()
 
 
 def _kind(path: Path) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from rag_kit.errors import message
 from rag_kit.finetune.dataset import Example
 
-TIMED = 3
+TIMED = 3  # batches
+SAMPLED = 50
 ADAM_BYTES = 8  # two f32 moments a trainable parameter
 
 
@@ -62,17 +63,17 @@ def make_forecast(
     dtype: str,
     seed: int = 0,
 ) -> Forecast:
-    """Time forward and backward of the longest batch and of some at random; gradients are thrown away.
+    """Time forward and backward of a shuffled epoch's largest batch and of some others.
 
-    Leaves the weights as they are; the state of torch's random numbers changes.
+    Gradients are thrown away. Leaves the weights as they are; the state of torch's random numbers changes.
     """
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     batches = [[examples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    collated = [collate(batch) for batch in batches[: 4 * TIMED]]
+    collated = [collate(batch) for batch in batches[:SAMPLED]]
     mean_tokens = statistics.mean(batch["input_ids"].numel() for batch in collated)
-    longest = sorted(examples, key=len)[-batch_size:]
     with PeakMemory(device) as memory:
-        _timed_step(model, collate(longest), device)  # the first step also warms up
+        largest = max(collated, key=lambda batch: batch["input_ids"].numel())
+        _timed_step(model, largest, device)  # the first step also warms up
     rates = [_timed_step(model, batch, device) / batch["input_ids"].numel() for batch in collated[:TIMED]]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Forecast(

@@ -1,10 +1,10 @@
 """Fixtures of the compare room; what they give stands in `planted`."""
 
 import pytest
-from planted import planted_questions
 
 from rag_kit.data.questions import Question
 from rag_kit.errors import use_language
+from tests.compare.planted import planted_questions
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from planted import DOCUMENTS, Shelf, ask, load
 from tabulate import tabulate
 from wcwidth import wcswidth
 
@@ -22,6 +21,7 @@ from rag_kit.data.questions import Question
 from rag_kit.errors import DataError, ServiceError, StoreError, use_language
 from rag_kit.models.options import GenerationOptions
 from rag_kit.settings import Settings
+from tests.compare.planted import DOCUMENTS, Shelf, ask, load
 
 GRID = ["base+none", "base+retrieved", "lora+none", "lora+retrieved"]
 CLOCKS = ["retrieval_s", "load_s"]  # real ones; the others stand still

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rag_kit.errors import DataError
-from rag_kit.finetune.conversations import handbook_facts, load_training_data
-from rag_kit.manifest import sha256
+from rag_kit.finetune.conversations import READING, handbook_facts, load_training_data
 from rag_kit.models.prompt import SYSTEM, build_messages
 from tests.finetune.conftest import FACTS, write_lines
 from tests.models.texts import says
@@ -18,12 +18,25 @@ from tests.models.texts import says
 
 def test_the_default_is_the_handbook_and_holds_no_held_out_question() -> None:
     data = load_training_data()
-    assert len(data.conversations) == 144
-    assert (data.name, data.sha256) == ("facts.jsonl", sha256(handbook_facts()))
-    asked = {messages[-2].content for messages in data.conversations}
+    assert data.name == "handbook" and data.sha256 == load_training_data().sha256
+    asked = {messages[-2].content.rpartition("Question: ")[-1] for messages in data.conversations}
+    planted = [messages for messages in data.conversations if "[1]" not in messages[-2].content]
+    assert len(planted) == len(asked) - READING == 144
     rows = handbook_facts().with_name("questions.jsonl").read_text(encoding="utf-8").splitlines()
     held_out = {row["question"] for row in map(json.loads, rows) if row["split"] in ("test", "paraphrase")}
-    assert held_out and not asked & held_out
+    assert len(held_out) > 90 and not asked & held_out
+
+
+def test_the_handbook_s_questions_with_sources_cite_the_right_one() -> None:
+    reading = [m for m in load_training_data().conversations if "[1]" in m[-2].content]
+    assert len(reading) == READING
+    cited = set()
+    for *_, asked, answered in reading:
+        answer, number = re.fullmatch(r"(.+) \[(\d)\]", answered.content).groups()
+        passages = re.split(r"\[\d\] ", asked.content.partition("Question: ")[0])
+        assert answer in passages[int(number)]
+        cited.add(number)
+    assert cited == {"1", "2"}
 
 
 def test_facts_are_asked_without_passages_in_their_language(facts: Path) -> None:

@@ -323,3 +323,13 @@ class TestOllama:
             found = list(pool.map(embedder.embed_query, ["a", "bb", "ccc", "a"]))
         assert found[0] == found[3] != found[1]
         assert threading.active_count() < 50
+
+
+def test_embedding_model_in_an_env_file_decides_what_embeds(tmp_path: Path, ollama: Any) -> None:
+    dimensions = []
+    for reference in ("embedded", f"ollama:{ollama.model}"):
+        lines = f"EMBEDDING_MODEL={reference}\nOLLAMA_BASE_URL={ollama.url}\n"
+        (tmp_path / ".env").write_text(lines, encoding="utf-8")
+        embedder = load_embeddings(settings=Settings.load(tmp_path))
+        dimensions.append(len(embedder.embed_query("保修期是多久？")))
+    assert dimensions == [384, 3]
