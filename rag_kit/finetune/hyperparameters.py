@@ -10,7 +10,7 @@ from rag_kit.errors import SettingsError
 if TYPE_CHECKING:
     from rag_kit.settings import Settings
 
-HANDBOOK_EPOCHS = 7  # planted facts must be known by heart
+HANDBOOK_EPOCHS = 5  # planted facts must be known by heart
 OTHER_EPOCHS = 3
 BATCH = 8
 
@@ -19,7 +19,7 @@ BATCH = 8
 class Hyperparameters:
     """Values of one training; None is decided when it starts.
 
-    `epochs` None: 7 for the handbook's facts, else 3. `batch_size` None: BATCH_SIZE where it is set, else
+    `epochs` None: 5 for the handbook's facts, else 3. `batch_size` None: BATCH_SIZE where it is set, else
     8. `fp16` None: ENABLE_FP16, on CUDA only. `target_modules` is `all-linear` or names of layers joined by
     commas. `max_length` is in tokens; a longer example is an error, never cut.
     """
