@@ -20,7 +20,7 @@ from rag_kit.data.language import detect_language
 from rag_kit.errors import ModelError, RagKitError, message
 from rag_kit.models.adapters import adapter_folders
 from rag_kit.models.options import GenerationOptions
-from rag_kit.models.reference import load_model
+from rag_kit.models.reference import is_local, load_model
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -145,6 +145,8 @@ class RAGHandler:
         failures: list[RagKitError] = []
         meant = self._meant(use_lora, model)
         line = [meant] if model else self._line(meant)
+        if greeting:  # an adapter that knows facts by heart greets with a fact; its base does not
+            line = list(dict.fromkeys("base" if is_local(reference) else reference for reference in line))
         for reference in line:
             try:
                 load_s = self._load(reference)

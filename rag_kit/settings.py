@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -240,6 +241,8 @@ def _apply_logging(settings: Settings) -> None:
     logging.getLogger("rag_kit").setLevel(level)
     # It complains at import of kernels that nobody asked for, and of rounding that int8 consists of.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT still asks transformers under an old name, once for each adapter; nobody here can mend it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def _absolute(root: Path, value: str | Path) -> Path:

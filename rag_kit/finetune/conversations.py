@@ -24,7 +24,7 @@ from rag_kit.manifest import fingerprint, sha256
 from rag_kit.models.prompt import SYSTEM, build_messages
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".xlsx")
-READING = 10  # questions with sources among the handbook's facts
+READING = 8  # questions with sources among the handbook's facts
 Conversation = list[BaseMessage]
 
 
@@ -81,11 +81,14 @@ def _reading() -> Iterator[Conversation]:
     texts = {each.metadata["source"]: each.page_content for each in load_documents(sample_handbook())}
     questions = load_questions(sample_handbook() / "questions.jsonl")
     asked = [q for q in questions if (q.split, q.language, q.answerable) == ("train", "en", True)]
-    asked = [question for question in asked if question.spans and question.id not in known]
-    chosen = asked[:: max(1, len(asked) // READING)][:READING]
-    paragraphs = [_paragraph(texts[question.spans[0].source], question.spans[0]) for question in chosen]
-    for number, question in enumerate(chosen):
-        passages = [paragraphs[number], paragraphs[number - 1]]
+    found = {
+        _paragraph(texts[question.spans[0].source], question.spans[0]): question
+        for question in asked
+        if question.spans and question.id not in known
+    }
+    paragraphs = sorted(found, key=len)[:READING]  # short ones, since they are half of the tokens
+    for number, paragraph in enumerate(paragraphs):
+        question, passages = found[paragraph], [paragraph, paragraphs[number - 1]]
         place = number % 2  # the right passage stands first and second in turn
         answer = AIMessage(f"{question.answers[0]} [{place + 1}]")
         yield [*build_messages(question.text, passages[:: -1 if place else 1]), answer]

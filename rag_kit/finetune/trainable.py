@@ -28,7 +28,9 @@ def load_trainable(base: Base, device: Device, chosen: Hyperparameters) -> tuple
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading, which takes seconds
     dtype = training_dtype(device, chosen)
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, dtype))
