@@ -227,7 +227,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _bar(total: int, progress: bool) -> "Iterator[tqdm]":
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     with tqdm(total=total, disable=not progress or total == 0, unit="q", leave=False) as bar:
         yield bar

@@ -98,6 +98,8 @@ class Comparison:
         )
         return "\n".join([text, "", *self.differences()["verdict"]])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         import pandas as pd
 

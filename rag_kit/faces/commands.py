@@ -79,9 +79,8 @@ def test(arguments: Namespace) -> int:
     if status or arguments.arguments:
         return status
     with own_places() as places:
-        environment |= {name: places[name] for name in (*places.keys() - os.environ.keys(), "RAG_KIT_LANG")}
-        nbval = ["--nbval", "--nbval-current-env", "-p", "no:asyncio", "notebooks"]
-        return subprocess.call([*pytest, *nbval], cwd=settings.root, env=environment)
+        nbval = ["--nbval", "--nbval-current-env", "notebooks"]
+        return subprocess.call([*pytest, *nbval], cwd=settings.root, env=environment | places)
 
 
 def refresh_notebooks(_arguments: Namespace) -> int:

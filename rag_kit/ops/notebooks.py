@@ -95,7 +95,8 @@ def refresh(notebooks: Sequence[Path], say: Callable[[str], None]) -> None:
         for path in notebooks:
             notebook = nbformat.read(path, as_version=4)
             where = {"metadata": {"path": path.parent}}
-            NotebookClient(notebook, kernel_name="python3", resources=where).execute()
+            client = NotebookClient(notebook, kernel_name="python3", resources=where, coalesce_streams=True)
+            client.execute()
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times of this machine
             notebook.metadata.pop("papermill", None)
@@ -106,14 +107,14 @@ def refresh(notebooks: Sequence[Path], say: Callable[[str], None]) -> None:
 
 @contextmanager
 def own_places() -> Iterator[dict[str, str]]:
-    """Point adapters and indexes at a temporary folder, and messages at English, for child processes."""
+    """Yield variables, set for child processes: a temporary place for artefacts, English, embedded."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="rag-kit-") as folder:
-        for name in OWN_PLACES:
-            os.environ[name] = str(Path(folder) / name.lower().removesuffix("_path"))
-        os.environ |= {"RAG_KIT_LANG": "en", "RAG_KIT_PROFILE": "embedded"}
+        places = {name: str(Path(folder) / name.lower().removesuffix("_path")) for name in OWN_PLACES}
+        places |= {"RAG_KIT_LANG": "en", "RAG_KIT_PROFILE": "embedded"}
+        os.environ |= places
         try:
-            yield dict(os.environ)
+            yield places
         finally:
             os.environ.clear()
             os.environ |= before

@@ -40,7 +40,10 @@ def test_an_adapter_without_effect_may_not_be_compared(tmp_path: Path) -> None:
     rows = result.rows.set_index(["model", "question_id"])
     assert rows.loc[["base", "lora:works"]].error.isna().all()
     assert (rows.loc["base"].answer != rows.loc["lora:works"].answer).all()
-    for name, reason in (("nothing", "has no usable effect"), ("absent", "There is no adapter called absent")):
+    for name, reason in (
+        ("nothing", "has no usable effect"),
+        ("absent", "There is no adapter called absent"),
+    ):
         assert rows.loc[f"lora:{name}"].error.str.contains(reason).all()
         assert rows.loc[f"lora:{name}"].f1.isna().all()
 

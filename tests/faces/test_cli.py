@@ -25,6 +25,13 @@ def rag_kit(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "张三 的项目"
+    folder.mkdir()
+    return folder
+
+
 def test_help_lists_every_command_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
@@ -36,9 +43,9 @@ def test_help_lists_every_command_and_loads_nothing_heavy(capsys: pytest.Capture
     assert done.stdout.strip() == "set()"
 
 
-def test_config_shows_values_origins_and_no_secret(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("TEMPERATURE=0.2\nHTTP_PROXY=http://me:secret@proxy:1\n", encoding="utf-8")
-    done = rag_kit(tmp_path, "config", TOP_P="0.5")
+def test_config_shows_values_origins_and_no_secret(project: Path) -> None:
+    (project / ".env").write_text("TEMPERATURE=0.2\nHTTP_PROXY=http://me:secret@proxy:1\n", encoding="utf-8")
+    done = rag_kit(project, "config", TOP_P="0.5")
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     assert lines["TEMPERATURE"][:4] == ["0.2", ".env", "line", "1"]
@@ -47,8 +54,8 @@ def test_config_shows_values_origins_and_no_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_a_mistake_is_two_sentences_and_status_2(tmp_path: Path, lang: str) -> None:
-    done = rag_kit(tmp_path, "ask", "hi", "--model", "nope", RAG_KIT_LANG=lang)
+def test_a_mistake_is_two_sentences_and_status_2(project: Path, lang: str) -> None:
+    done = rag_kit(project, "ask", "hi", "--model", "nope", RAG_KIT_LANG=lang)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     expected = {
@@ -58,42 +65,42 @@ def test_a_mistake_is_two_sentences_and_status_2(tmp_path: Path, lang: str) -> N
     assert expected in done.stderr
 
 
-def test_an_index_is_built_listed_searched_and_verified(tmp_path: Path) -> None:
-    documents = tmp_path / "资料"
+def test_an_index_is_built_listed_searched_and_verified(project: Path) -> None:
+    documents = project / "资料"
     documents.mkdir()
     (documents / "水壶.md").write_text("# 水壶\n\n奥林谷水壶的保修期是 42 个月。", encoding="utf-8")
     (documents / "lamp.md").write_text("# Lamp\n\nThe lamp's shade costs 29 crowns.", encoding="utf-8")
-    built = rag_kit(tmp_path, "index", "build", str(documents))
+    built = rag_kit(project, "index", "build", str(documents))
     assert built.returncode == 0, built.stderr
     assert "2 documents, 2 chunks" in built.stdout
-    assert rag_kit(tmp_path, "index", "list").stdout.split() == ["资料"]
-    found = rag_kit(tmp_path, "index", "search", "水壶保修多久？", "--top-k", "1")
+    assert rag_kit(project, "index", "list").stdout.split() == ["资料"]
+    found = rag_kit(project, "index", "search", "水壶保修多久？", "--top-k", "1")
     assert "水壶.md:0" in found.stdout
     assert "42 个月" in found.stdout
-    assert rag_kit(tmp_path, "index", "verify").returncode == 0
-    chunks = tmp_path / "vector_store" / "资料" / "chunks.jsonl"
+    assert rag_kit(project, "index", "verify").returncode == 0
+    chunks = project / "vector_store" / "资料" / "chunks.jsonl"
     chunks.write_text(chunks.read_text(encoding="utf-8").replace("29", "28"), encoding="utf-8")
-    broken = rag_kit(tmp_path, "index", "verify")
+    broken = rag_kit(project, "index", "verify")
     assert broken.returncode == 2
     assert "chunks.jsonl is damaged" in broken.stderr
 
 
-def test_without_index_and_adapter_an_answer_says_so(tmp_path: Path) -> None:
-    done = rag_kit(tmp_path, "ask", "What is the capital of France?", TEMPERATURE="0", MAX_NEW_TOKENS="12")
+def test_without_index_and_adapter_an_answer_says_so(project: Path) -> None:
+    done = rag_kit(project, "ask", "What is the capital of France?", TEMPERATURE="0", MAX_NEW_TOKENS="12")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert "Answered without sources." in done.stdout
     assert "base answered in place of lora" in done.stdout
 
 
-def test_a_comparison_runs_and_resumes(tmp_path: Path) -> None:
+def test_a_comparison_runs_and_resumes(project: Path) -> None:
     text = "compare --arms base+none ollama:qwen3:4b+none --split paraphrase --limit 2 --max-new-tokens 4"
     arguments = [*text.split(), "--run", "mine"]
-    first = rag_kit(tmp_path, *arguments)
+    first = rag_kit(project, *arguments)
     assert first.returncode == 0, first.stderr
     assert "base+none" in first.stdout
-    assert (tmp_path / "runs" / "mine" / "rows.parquet").is_file()
-    other = rag_kit(tmp_path, *arguments, "--limit", "3")
+    assert (project / "runs" / "mine" / "rows.parquet").is_file()
+    other = rag_kit(project, *arguments, "--limit", "3")
     assert other.returncode == 2
     assert "Traceback" not in other.stderr
 
