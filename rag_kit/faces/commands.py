@@ -211,6 +211,7 @@ def compare(arguments: Namespace) -> int:
     from dataclasses import replace
 
     from rag_kit.compare.compare import compare as run_comparison
+    from rag_kit.data.questions import without_spans
     from rag_kit.data.sets import pick, question_set
     from rag_kit.index.embeddings import load_embeddings
     from rag_kit.index.store import ensure_index
@@ -220,6 +221,8 @@ def compare(arguments: Namespace) -> int:
     settings = start()
     questions, documents, name = question_set(arguments.questions, arguments.documents)
     chosen = pick(questions, split=arguments.split, language=arguments.language, limit=arguments.limit)
+    if missing := without_spans(chosen):
+        print(message("cli_no_spans", missing=missing, questions=len(chosen)))
     store = None
     if any(not arm.endswith("+none") for arm in arguments.arms):
         store = ensure_index(documents, settings.vector_store_path / name, load_embeddings(settings=settings))

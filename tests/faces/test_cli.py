@@ -115,3 +115,14 @@ def test_the_guides_flags_are_understood() -> None:
     first, second = build_parser().parse_args(given), build_parser().parse_args(dashed)
     assert vars(first) == vars(second)
     assert (first.num_train_epochs, first.fp16) == (3, False)
+
+
+def test_questions_without_a_place_are_counted(project: Path) -> None:
+    sheet = project / "问题.csv"
+    sheet.write_text(
+        "问题,答案\n法国的首都是哪里？,巴黎\nWhat is the capital of France?,Paris\n", encoding="utf-8"
+    )
+    arguments = ("--arms", "base+none", "--questions", str(sheet), "--split", "all", "--max-new-tokens", "2")
+    done = rag_kit(project, "compare", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 questions do not say where their answer stands" in done.stdout

@@ -16,7 +16,7 @@ import pytest
 
 from rag_kit.errors import DataError, ModelError, StoreError
 from rag_kit.finetune import FinetuneResult, Hyperparameters, finetune
-from rag_kit.finetune.train import check_output
+from rag_kit.finetune.train import _steps, check_output
 from rag_kit.manifest import read_manifest, sha256
 from rag_kit.models.adapters import find_adapters
 from rag_kit.models.base import Base
@@ -306,3 +306,12 @@ def test_memory_that_does_not_suffice_is_told(
     with pytest.raises(ModelError) as raised:
         few(project, facts)
     says(raised.value, "BATCH_SIZE=1", "DEVICE=cpu", en="memory of cpu", zh="内存不足")
+
+
+def test_batch_size_in_an_env_file_decides_the_steps(tmp_path: Path) -> None:
+    steps = []
+    for size in (2, 8):
+        (tmp_path / ".env").write_text(f"BATCH_SIZE={size}\n", encoding="utf-8")
+        chosen = Hyperparameters().decided(Settings.load(tmp_path), handbook=True)
+        steps.append(_steps(80, chosen))
+    assert steps == [200, 50]
