@@ -16,8 +16,9 @@ from rag_kit.errors import ServiceError
 CONNECT_S, LOOK_S = 5.0, 10.0
 
 
-def client(base_url: str, timeout: float = LOOK_S) -> ollama.Client:
-    """Return a client of the server at `base_url` that waits at most `timeout` seconds for bytes."""
+def client(base_url: str, timeout: float | None = None) -> ollama.Client:
+    """Return a client of `base_url` that waits at most `timeout` seconds for bytes, by default LOOK_S."""
+    timeout = timeout or LOOK_S
     limits = httpx.Timeout(timeout, connect=min(CONNECT_S, timeout))
     return ollama.Client(host=base_url, trust_env=False, timeout=limits)
 

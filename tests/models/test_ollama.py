@@ -166,7 +166,7 @@ def test_a_server_that_refuses():
 
 
 def test_a_server_that_hangs(monkeypatch):
-    monkeypatch.setattr("rag_kit.models.ollama.LOOK_S", 0.3)
+    monkeypatch.setattr("rag_kit.ollama.LOOK_S", 0.3)
     with ollama(mode="hang") as wire:
         says(failure(wire, timeout=0.3), wire.url, "ReadTimeout", en="does not answer", zh="没有响应")
 
