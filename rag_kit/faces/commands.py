@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rag_kit.errors import DataError, message
@@ -15,16 +16,23 @@ from rag_kit.settings import Settings, describe, start
 
 
 def setup(_arguments: Namespace) -> int:
-    """Prepare what the profile needs and cannot do without: the embedded models."""
-    from rag_kit import embedded
-
-    settings = start()
+    """Prepare the embedded models, as far as the settings name them."""
     began = time.perf_counter()
-    for prepare in (embedded.base_folder, embedded.embedder_folder):
-        folder = prepare(settings.cache_dir, progress=print)
+    for folder in _prepare(start()):
         print(message("cli_ready", folder=folder))
     print(message("cli_setup_done", seconds=time.perf_counter() - began))
     return 0
+
+
+def _prepare(settings: Settings) -> list[Path]:
+    """Return the folders of the embedded models that the settings name, made where they are not there."""
+    from rag_kit import embedded
+
+    wanted = (
+        (settings.base_model_name, embedded.base_folder),
+        (settings.embedding_model, embedded.embedder_folder),
+    )
+    return [prepare(settings.cache_dir, progress=print) for name, prepare in wanted if name == "embedded"]
 
 
 def run(arguments: Namespace) -> int:
@@ -40,6 +48,7 @@ def run(arguments: Namespace) -> int:
     if unknown:
         known = ", ".join(sorted({name for names in declared.values() for name in names}))
         raise DataError("parameter_unknown", name=", ".join(sorted(unknown)), known=known)
+    _prepare(settings)
     folder = new_run_folder(settings)
     for number, path in enumerate(notebooks, 1):
         print(message("cli_running", number=number, total=len(notebooks), name=path.stem), flush=True)
@@ -72,6 +81,7 @@ def test(arguments: Namespace) -> int:
     from rag_kit.ops.notebooks import own_places
 
     settings = start()
+    _prepare(settings)
     environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
     environment |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONUTF8": "0"}
     pytest = [sys.executable, "-m", "pytest"]
@@ -182,7 +192,7 @@ def finetune(arguments: Namespace) -> int:
     settings = start(**overrides)
     from rag_kit.finetune import finetune as train
 
-    result = train(**given, settings=settings, on_forecast=print)
+    result = train(**given, settings=settings)
     told = {"folder": result.folder, "seconds": result.seconds, "examples": result.recipe["data"]["examples"]}
     print(message("cli_trained", first=result.losses[0], last=result.losses[-1], **told))
     if result.kept:

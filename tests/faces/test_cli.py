@@ -126,3 +126,9 @@ def test_questions_without_a_place_are_counted(project: Path) -> None:
     done = rag_kit(project, "compare", *arguments)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 questions do not say where their answer stands" in done.stdout
+
+
+def test_setup_prepares_what_the_profile_names(project: Path) -> None:
+    assert rag_kit(project, "setup").stdout.count("Ready: ") == 2
+    (project / ".env").write_text("RAG_KIT_PROFILE=guide\n", encoding="utf-8")
+    assert rag_kit(project, "setup").stdout.count("Ready: ") == 0
