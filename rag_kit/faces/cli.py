@@ -59,7 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE")
     test = command("test", commands.test, "the tests, then the notebooks against their committed outputs")
     test.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
-    command("refresh-notebooks", commands.refresh_notebooks, "execute the notebooks and keep their outputs")
+    refresh = command(
+        "refresh-notebooks", commands.refresh_notebooks, "execute notebooks and keep their outputs"
+    )
+    refresh.add_argument("notebooks", nargs="*", help="numbers or names (default: all)")
     command("config", commands.config, "every setting, its value and where it came from")
 
     index = subparsers.add_parser("index", help="build, list, verify and search indexes")

@@ -93,11 +93,11 @@ def test(arguments: Namespace) -> int:
         return subprocess.call([*pytest, *nbval], cwd=settings.root, env=environment | places)
 
 
-def refresh_notebooks(_arguments: Namespace) -> int:
-    """Execute every numbered notebook and keep its outputs."""
+def refresh_notebooks(arguments: Namespace) -> int:
+    """Execute numbered notebooks and keep their outputs."""
     from rag_kit.ops.notebooks import find_notebooks, refresh
 
-    refresh(find_notebooks(start()), print)
+    refresh(find_notebooks(start(), arguments.notebooks), print)
     return 0
 
 
