@@ -308,6 +308,26 @@ def test_switching_while_it_runs(root, load):
         assert handler.switch_model(use_lora=True) == "lora"
 
 
+def test_use_lora_holds_for_one_request_and_degrades(root, load):
+    with ollama(models=("qwen3:4b",)) as wire:
+        handler = LoRARAGHandler(load(root, OLLAMA_BASE_URL=wire.url), store=Shelf())
+        assert handler.ask("How long?", use_lora=False).model == "ollama:qwen3:4b"
+        assert handler.reference == "lora" and handler.ask("How long?").model == "lora:red"
+        with pytest.raises(ModelError, match="use_lora=true"):
+            handler.ask("How long?", use_lora=True, model="ollama:qwen3:4b")
+    with closed_port() as url:
+        told = LoRARAGHandler(load(root, OLLAMA_BASE_URL=url), store=Shelf()).ask("How long?", use_lora=False)
+        assert told.model == "lora:red" and told.degraded[0].startswith("lora answered in place of ollama:")
+
+
+def test_a_greeting_is_answered_by_the_base_and_not_by_what_an_adapter_knows(root, load):
+    handler = LoRARAGHandler(load(root), store=Shelf())
+    for greeting in ("Hello!", "你好，请介绍一下你自己"):
+        told = handler.ask(greeting)
+        assert told.model == "base" and not told.sources
+    assert handler.ask("How long?").model == "lora:red"
+
+
 def test_a_refused_switch_changes_nothing(root, load):
     with closed_port() as url:
         handler = LoRARAGHandler(load(root, OLLAMA_BASE_URL=url), store=Shelf())
