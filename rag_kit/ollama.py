@@ -1,12 +1,17 @@
-"""The way to an Ollama server: a client that no proxy stands before, and its failures in two sentences.
+"""The way to an Ollama server: its address, its models, and its failures in two sentences.
 
-Knows addresses and errors; knows nothing of chat or embeddings.
+No proxy stands before the client. Knows nothing of chat or embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
 
 import httpx
 import ollama
@@ -14,29 +19,122 @@ import ollama
 from rag_kit.errors import ServiceError
 
 CONNECT_S, LOOK_S = 5.0, 10.0
+PROBE_S = 2.0  # a server at hand says its version at once, however busy its models are
+Headers = Mapping[str, str]
 
 
-def client(base_url: str, timeout: float | None = None) -> ollama.Client:
+@dataclass(frozen=True)
+class OllamaModel:
+    """A model that a server has; sizes in bytes, `context` in tokens, None where it does not say.
+
+    `adapter`: made by a Modelfile with ADAPTER. `loaded`: bytes in memory now, None when not loaded.
+    """
+
+    name: str
+    size: int | None
+    quantization: str
+    parameters: str
+    family: str
+    context: int | None
+    capabilities: tuple[str, ...] | None
+    template: str
+    adapter: bool
+    loaded: int | None
+    digest: str
+
+
+def client(base_url: str, timeout: float | None = None, headers: Headers | None = None) -> ollama.Client:
     """Return a client of `base_url` that waits at most `timeout` seconds for bytes, by default LOOK_S."""
     timeout = timeout or LOOK_S
     limits = httpx.Timeout(timeout, connect=min(CONNECT_S, timeout))
-    return ollama.Client(host=base_url, trust_env=False, timeout=limits)
+    return ollama.Client(host=base_url, trust_env=False, timeout=limits, headers=dict(headers or {}))
 
 
-def list_models(base_url: str) -> list[str]:
+def probe(base_url: str) -> tuple[Literal["running", "absent", "down"], str]:
+    """Return what stands at `base_url`, and its version or what is wrong with it.
+
+    `absent`: nothing listens, the connection was refused. `down`: something is there and fails, or the
+    address leads nowhere.
+    """
+    parts = urlsplit(base_url)
+    place = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    try:
+        socket.create_connection(place, PROBE_S).close()
+        reply = httpx.get(f"{base_url}/api/version", timeout=PROBE_S, trust_env=False)
+        if reply.status_code != 200:
+            return "down", f"HTTP {reply.status_code}"
+        return "running", str(reply.json()["version"])
+    except ConnectionRefusedError:
+        return "absent", "connection refused"
+    except (OSError, httpx.HTTPError) as error:
+        return "down", _short(error) or type(error).__name__
+    except (ValueError, LookupError, TypeError):
+        return "down", "its reply is not Ollama's"
+
+
+def list_models(base_url: str, headers: Headers | None = None) -> list[str]:
     """Return the names of the models at `base_url`; raises ServiceError where it does not answer."""
-    with explaining(base_url, "-"):
-        return [str(entry.model) for entry in client(base_url).list().models]
+    return list(digests(base_url, headers))
+
+
+def digests(base_url: str, headers: Headers | None = None) -> dict[str, str | None]:
+    """Return the digest of every model at `base_url`; raises ServiceError where it does not answer."""
+    with explaining(base_url, "-", headers):
+        return {str(e.model): e.digest for e in client(base_url, headers=headers).list().models}
+
+
+def models(base_url: str, headers: Headers | None = None) -> list[OllamaModel]:
+    """Return the models at `base_url` with what `/api/tags`, `/api/ps` and `/api/show` say of them.
+
+    One that was removed meanwhile is left out; raises ServiceError where the server does not answer.
+    """
+    asked, found = client(base_url, headers=headers), []
+    with explaining(base_url, "-", headers):
+        loaded = loaded_models(base_url, headers)
+        for entry in asked.list().models:
+            try:
+                shown = asked.show(str(entry.model))
+            except ollama.ResponseError as error:
+                if error.status_code == 404:
+                    continue
+                raise
+            details = entry.details or shown.details
+            sizes = shown.modelinfo or {}
+            found.append(
+                OllamaModel(
+                    name=str(entry.model),
+                    size=entry.size,
+                    quantization=getattr(details, "quantization_level", None) or "",
+                    parameters=getattr(details, "parameter_size", None) or "",
+                    family=getattr(details, "family", None) or "",
+                    context=next(
+                        (int(n) for key, n in sizes.items() if key.endswith(".context_length")), None
+                    ),
+                    capabilities=None if shown.capabilities is None else tuple(shown.capabilities),
+                    template=shown.template or "",
+                    adapter=bool(re.search(r"^ADAPTER\s", shown.modelfile or "", re.MULTILINE)),
+                    loaded=loaded.get(str(entry.model)),
+                    digest=entry.digest or "",
+                )
+            )
+    return found
+
+
+def loaded_models(base_url: str, headers: Headers | None = None) -> dict[str, int]:
+    """Return the models in the server's memory now, with their bytes."""
+    with explaining(base_url, "-", headers):
+        running = client(base_url, headers=headers).ps().models
+        return {str(entry.model or entry.name): int(entry.size or 0) for entry in running}
 
 
 @contextmanager
-def explaining(base_url: str, model: str) -> Iterator[None]:
+def explaining(base_url: str, model: str, headers: Headers | None = None) -> Iterator[None]:
     """Turn what the client raises into a ServiceError that names the server, the model and a remedy."""
     try:
         yield
     except ollama.ResponseError as error:
         if error.status_code == 404:
-            known = ", ".join(_known_models(base_url)) or "-"
+            known = ", ".join(_known_models(base_url, headers)) or "-"
             raise ServiceError("ollama_no_model", url=base_url, model=model, known=known) from error
         # an error line in the midst of a stream carries no status
         reason = _short(error.error)
@@ -51,9 +149,9 @@ def explaining(base_url: str, model: str) -> Iterator[None]:
         raise ServiceError("ollama_broke_off", url=base_url, model=model, reason=reason) from error
 
 
-def _known_models(base_url: str) -> list[str]:
+def _known_models(base_url: str, headers: Headers | None = None) -> list[str]:
     try:
-        return [str(entry.model) for entry in client(base_url).list().models]
+        return [str(entry.model) for entry in client(base_url, headers=headers).list().models]
     except (ollama.ResponseError, httpx.HTTPError, ConnectionError, ValueError):
         return []
 

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from rag_kit.answer import Answer, stream_answer
 from rag_kit.data.language import detect_language
+from rag_kit.embedded import BASE
 from rag_kit.errors import ModelError, RagKitError, message
 from rag_kit.models.adapters import adapter_folders
+from rag_kit.models.base import SPEAKS
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.reference import is_local, load_model
+from rag_kit.models.standin import STAND_IN, resolve
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -149,21 +152,25 @@ class RAGHandler:
             line = list(dict.fromkeys("base" if is_local(reference) else reference for reference in line))
         for reference in line:
             try:
-                load_s = self._load(reference)
-                asked, notes = self._speakable(question, reference, language, greeting)
-                how: dict[str, Any] = {"options": options, "history": history, "reference": reference}
+                used = resolve(reference, self.settings)
+                load_s = self._load(used)
+                asked, notes = self._speakable(question, used, language, greeting)
+                how: dict[str, Any] = {"options": options, "history": history, "reference": used}
                 if greeting:  # a small model drawn at random makes up a name and a life
                     how["options"] = options.greedy()
                     how["system"] = message("greeting_system", lang=detect_language(asked))
-                pieces = stream_answer(self.model(reference), asked, hits, **how)
+                pieces = stream_answer(self.model(used), asked, hits, **how)
                 first = next(pieces)  # a model that cannot answer fails here, before anything was shown
             except RagKitError as error:
                 failures.append(error)
                 continue
             if failures:
                 reason = " ".join(failures[0].text(language))
-                note = message("degraded_model", lang=language, wanted=line[0], used=reference, reason=reason)
+                note = message("degraded_model", lang=language, wanted=line[0], used=used, reason=reason)
                 degraded.append(note)
+            if used != reference:
+                told = {"url": self.settings.ollama_base_url, "wanted": reference, "used": used}
+                degraded.append(message("degraded_stand_in", lang=language, model=BASE.model, **told))
             timings = {"retrieval_s": retrieval_s, "load_s": load_s}
             yield from self._finished(first, pieces, degraded + notes, timings, language, greeting)
             return
@@ -208,6 +215,8 @@ class RAGHandler:
 
     def _languages(self, reference: str) -> tuple[str, ...]:
         """Return the languages that a local base says it speaks; empty where it does not say."""
+        if reference == f"ollama:{STAND_IN}":
+            return SPEAKS.get(BASE.model, ())
         base = getattr(self.model(reference), "base_model", None)
         return base.languages() if base is not None else ()
 
@@ -263,22 +272,19 @@ class LoRARAGHandler(RAGHandler):
     def switch_model(self, *, use_lora: bool | None = None, model: str | None = None) -> str:
         """Change what answers from now on and return its reference; requests that run are not touched.
 
-        `use_lora` False means OLLAMA_MODEL. Raises ModelError where both are given and disagree, and
-        whatever keeps the new model from answering; then nothing changes.
+        `use_lora` False means OLLAMA_MODEL, or what stands in for it. Raises ModelError where both are
+        given and disagree, and whatever keeps the new model from answering; then nothing changes.
         """
         if use_lora is None and model is None:
             raise ModelError("switch_nothing")
         wanted = self._meant(use_lora, model)
-        self._reachable(wanted)
-        self._switched = wanted
-        return wanted
-
-    def _reachable(self, reference: str) -> None:
-        """Raise where `reference` could not answer now."""
-        self._load(reference)
-        describe = getattr(self.model(reference), "describe", None)
+        answers = resolve(wanted, self.settings)
+        self._load(answers)  # raises where it could not answer now
+        describe = getattr(self.model(answers), "describe", None)
         if describe is not None:
             describe()
+        self._switched = wanted
+        return answers
 
     def _line(self, chosen: str) -> list[str]:
         """Return what was chosen, then the nearest that may answer in its place."""

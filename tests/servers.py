@@ -30,6 +30,8 @@ class Wire:
     url: str = ""
     reply: Reply | None = None
     models: tuple[str, ...] = ("tiny:latest",)
+    adapters: tuple[str, ...] = ()  # of the models, those made by a Modelfile with ADAPTER
+    loaded: list[str] = field(default_factory=list)
     thinking: str | None = None  # a thinking model's reasoning
     context_length: int | None = 2048
     mode: str = ""
@@ -170,8 +172,22 @@ class _Ollama(_Handler):
             self.send(200, {"version": "0.13.0"})
         elif self.path == "/api/tags":
             now = datetime.now(UTC).isoformat()
-            models = [{"name": m, "model": m, "size": 1, "modified_at": now} for m in self.wire.models]
+            details = {"family": "llama", "parameter_size": "1B", "quantization_level": "Q4_K_M"}
+            models = [
+                {
+                    "name": m,
+                    "model": m,
+                    "size": 10**6,
+                    "modified_at": now,
+                    "digest": f"sha256:{m}",
+                    "details": details,
+                }
+                for m in self.wire.models
+            ]
             self.send(200, {"models": models})
+        elif self.path == "/api/ps":
+            running = [{"name": m, "model": m, "size": 2 * 10**6} for m in self.wire.loaded]
+            self.send(200, {"models": running})
         else:
             self.send(404, "404 page not found", "text/plain")
 
@@ -185,9 +201,17 @@ class _Ollama(_Handler):
         elif self.path == "/api/show":
             capabilities = ["completion"] + (["thinking"] if self.wire.thinking is not None else [])
             shown = {"details": {"family": "llama"}, "template": "{{ .Prompt }}", "model_info": {}}
+            if name in self.wire.adapters:
+                shown["modelfile"] = "FROM llama\nADAPTER ./lora.gguf\n"
             if self.wire.context_length:
                 shown["model_info"] = {"llama.context_length": self.wire.context_length}
             self.send(200, shown if self.wire.mode == "old" else shown | {"capabilities": capabilities})
+        elif self.path == "/api/generate" and not body.get("prompt"):  # loads, or unloads
+            full = name if ":" in name else f"{name}:latest"
+            loading = body.get("keep_alive") != 0
+            self.wire.loaded = [m for m in self.wire.loaded if m != full] + [full] * loading
+            told = {"model": name, "created_at": datetime.now(UTC).isoformat(), "response": "", "done": True}
+            self.send(200, told | {"done_reason": "load" if loading else "unload"})
         elif self.path != "/api/chat":
             self.send(404, "404 page not found", "text/plain")
         elif body.get("think") and self.wire.thinking is None:

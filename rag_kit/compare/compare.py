@@ -6,7 +6,7 @@ what they say in `comparison`. Shown in notebook 03.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -104,7 +104,8 @@ def compare(
         from rag_kit.models.reference import load_model
 
         load = partial(load_model, settings=settings)
-        models = {reference: _identity(reference, settings) for reference in models}
+        columns = list(dict.fromkeys(replace(arm, model=_answering(arm.model, settings)) for arm in columns))
+        models = {arm.model: _identity(arm.model, settings) for arm in columns}
     plan = {
         "arms": [str(arm) for arm in columns],
         "questions": {question.id: fingerprint(asdict(question)) for question in questions},
@@ -142,18 +143,39 @@ def _check(arms: Sequence[Arm], questions: "Sequence[Question]", store: object, 
         raise DataError("compare_top_k", top_k=top_k)
 
 
+def _answering(reference: str, settings: "Settings | None") -> str:
+    """The reference that answers: the stand-in under its own name; one that cannot answer as it is."""
+    from rag_kit.models.standin import resolve
+    from rag_kit.settings import get_settings
+
+    try:
+        return resolve(reference, settings or get_settings())
+    except ServiceError:
+        return reference  # its rows will say why
+
+
 def _identity(reference: str, settings: "Settings | None") -> tuple[str, str | None]:
     """A model's label, and what tells it from a later one of that name; None where that is not known."""
     from rag_kit.models.adapters import WEIGHTS, default_adapter, named_adapter
     from rag_kit.models.reference import is_local
+    from rag_kit.models.standin import find_ollama
+    from rag_kit.ollama import digests
     from rag_kit.settings import get_settings
 
+    settings = settings or get_settings()
+    provider, _, name = reference.partition(":")
+    if provider == "ollama":
+        try:
+            server = find_ollama(settings)
+            return reference, digests(server.url, server.headers).get(
+                name if ":" in name else f"{name}:latest"
+            )
+        except RagKitError:
+            return reference, None
     if not is_local(reference):
         return reference, None
-    settings = settings or get_settings()
     if reference == "base":
         return reference, settings.base_model_name
-    name = reference.partition(":")[2]
     try:
         adapter = named_adapter(name, settings) if name else default_adapter(settings)
         weights = sha256(adapter.folder / WEIGHTS)

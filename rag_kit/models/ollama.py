@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from langchain_core.messages import BaseMessage
@@ -17,13 +17,14 @@ from pydantic import PrivateAttr, model_validator
 
 from rag_kit.data.chunker import conservative_count
 from rag_kit.errors import ModelError
+from rag_kit.models.memory import load
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import text_of
 from rag_kit.models.textstream import ThinkSplitter
 from rag_kit.ollama import CONNECT_S, client, explaining
 
 if TYPE_CHECKING:
-    from rag_kit.settings import Settings
+    pass
 
 READ_S = 300.0  # a cold model may need minutes to its first token
 LINES_BEYOND = 256
@@ -40,12 +41,7 @@ class OllamaLanguageModel(ChatOllama):
     options: GenerationOptions = GenerationOptions()
     timeout: float = READ_S
     _shown: dict[str, Any] = PrivateAttr(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: str, settings: Settings, options: GenerationOptions | None = None) -> Self:
-        """Make the model from the settings' OLLAMA_BASE_URL and sampling values."""
-        options = options or GenerationOptions.from_settings(settings)
-        return cls(model=model, base_url=settings.ollama_base_url, options=options)
+    _loaded: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -72,12 +68,26 @@ class OllamaLanguageModel(ChatOllama):
         """The address of the server."""
         return self.base_url or "http://localhost:11434"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with every request: the stand-in's key, or nothing."""
+        return dict((self.client_kwargs or {}).get("headers") or {})
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        return (pair for pair in super().__repr_args__() if pair[0] != "client_kwargs")  # holds a key
+
+    def load(self) -> None:
+        """Bring the model into the server's memory, once for this object; raises ServiceError."""
+        if not self._loaded:
+            load(self.server, self.model, self.headers, self.options.num_ctx or CONTEXT_STEPS[0])
+            self._loaded = True
+
     def describe(self, model: str | None = None) -> Any:
         """Return what the server says of the model (`/api/show`): template, capabilities, sizes."""
         name = model or self.model
         if name not in self._shown:
-            with explaining(self.server, name):
-                self._shown[name] = client(self.server).show(name)
+            with explaining(self.server, name, self.headers):
+                self._shown[name] = client(self.server, headers=self.headers).show(name)
         return self._shown[name]
 
     def context_length(self, model: str | None = None) -> int | None:
@@ -130,7 +140,7 @@ class OllamaLanguageModel(ChatOllama):
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> Iterator[Mapping[str, Any] | str]:
         whole = _Whole(kwargs.get("options") or self.options)
-        with explaining(self.server, kwargs.get("model") or self.model):
+        with explaining(self.server, kwargs.get("model") or self.model, self.headers):
             for part in super()._create_chat_stream(messages, stop, **kwargs):
                 whole.check(part)
                 yield part
@@ -140,7 +150,7 @@ class OllamaLanguageModel(ChatOllama):
         self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any
     ) -> AsyncIterator[Mapping[str, Any] | str]:
         whole = _Whole(kwargs.get("options") or self.options)
-        with explaining(self.server, kwargs.get("model") or self.model):
+        with explaining(self.server, kwargs.get("model") or self.model, self.headers):
             async for part in super()._acreate_chat_stream(messages, stop, **kwargs):
                 whole.check(part)
                 yield part

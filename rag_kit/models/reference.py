@@ -32,10 +32,12 @@ def load_model(reference: str, settings: Settings | None = None, **options: Any)
         return model
     if provider == "ollama" and name:
         from rag_kit.models.ollama import OllamaLanguageModel
+        from rag_kit.models.standin import find_ollama, resolve
 
-        return OllamaLanguageModel(
-            model=name, base_url=settings.ollama_base_url, **(_defaults(settings) | options)
-        )
+        name = resolve(reference, settings).partition(":")[2]
+        server = find_ollama(settings)
+        served = {"base_url": server.url, "client_kwargs": {"headers": server.headers}}
+        return OllamaLanguageModel(model=name, **served, **(_defaults(settings) | options))
     if not name:
         raise ModelError(
             "reference_unknown", reference=reference, known=", ".join(known_references(settings))
@@ -66,9 +68,12 @@ def known_references(settings: Settings) -> list[str]:
     if adapters:
         references += ["lora", *(f"lora:{name}" for name in adapters if name != FLAT)]
     try:
+        from rag_kit.models.standin import STAND_IN, ollama_state
         from rag_kit.ollama import list_models
 
-        references += [f"ollama:{name}" for name in list_models(settings.ollama_base_url)]
+        stands_in = ollama_state(settings)[0] == "stand-in"
+        names = [STAND_IN] if stands_in else list_models(settings.ollama_base_url)
+        references += [f"ollama:{name}" for name in names]
     except ServiceError:
         references.append("ollama:MODEL")
     return references
