@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rag_kit"
 # From the ground up; rooms of one floor do not import each other, but for those of the ground floor.
 FLOORS = [
-    {"errors", "settings", "envfile", "manifest", "embedded", "e5s1", "network", "ollama"},
+    {"errors", "settings", "envfile", "manifest", "embedded", "e5s1", "network", "ollama", "plots"},
     {"data"},
     {"models", "index"},
     {"answer"},

@@ -238,8 +238,9 @@ def test_without_an_adapter_the_base_answers_and_says_so(tmp_path, load):
         assert "LoRA adapter not found" in told.degraded[0]
 
 
-def test_without_ollama_the_adapter_answers_and_says_so(root, load):
-    with closed_port() as url:
+def test_where_ollama_is_down_the_adapter_answers_and_says_so(root, load):
+    with ollama(mode="proxy") as wire:
+        url = wire.url
         handler = LoRARAGHandler(load(root, USE_LORA_DEFAULT="false", OLLAMA_BASE_URL=url), store=Shelf())
         assert handler.reference == "ollama:qwen3:4b"
         told = handler.ask("How long?")
@@ -259,7 +260,8 @@ def test_without_a_base_ollama_answers(tmp_path, load):
 
 
 def test_when_nothing_can_answer_the_first_reason_is_raised(tmp_path, load):
-    with closed_port() as url:
+    with ollama(mode="proxy") as wire:
+        url = wire.url
         handler = LoRARAGHandler(
             load(tmp_path, BASE_MODEL_NAME="./nowhere", OLLAMA_BASE_URL=url), store=Shelf()
         )
@@ -268,6 +270,21 @@ def test_when_nothing_can_answer_the_first_reason_is_raised(tmp_path, load):
         with pytest.raises(ServiceError) as caught:
             RAGHandler(load(tmp_path, OLLAMA_BASE_URL=url), store=Shelf()).ask("How long?")
         says(caught.value, url)
+
+
+def test_where_nothing_listens_the_stand_in_answers_and_says_so(tmp_path, load):
+    with closed_port() as url:
+        settings = load(tmp_path, OLLAMA_BASE_URL=url, BASE_MODEL_NAME="./nowhere", MAX_NEW_TOKENS="6")
+        handler = RAGHandler(settings, store=Shelf())
+        for question, note in (
+            ("How long?", f"Nothing listens at {url}: ollama:stand-in, the embedded"),
+            ("保修多久？", f"{url} 没有任何服务在监听：由 ollama:stand-in"),
+        ):
+            told = handler.ask(question)
+            assert told.model == "ollama:stand-in" and told.text
+            assert told.degraded[0].startswith(note) and "SmolLM2-135M-Instruct" in told.degraded[0]
+        assert told.degraded[1].startswith("模型 ollama:stand-in 只会说英语")
+        assert LoRARAGHandler(settings, store=Shelf()).switch_model(use_lora=False) == "ollama:stand-in"
 
 
 def test_a_model_that_was_asked_for_by_name_is_never_replaced(root, load):

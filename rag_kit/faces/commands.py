@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_kit.errors import DataError, message
+from rag_kit.errors import message
 from rag_kit.settings import Settings, describe, start
 
 
@@ -35,47 +35,6 @@ def _prepare(settings: Settings) -> list[Path]:
     return [prepare(settings.cache_dir, progress=print) for name, prepare in wanted if name == "embedded"]
 
 
-def run(arguments: Namespace) -> int:
-    """Execute notebooks with papermill and print the comparison and where everything lies."""
-    from rag_kit.compare.comparison import Comparison
-    from rag_kit.ops.notebooks import declared_parameters, find_notebooks, new_run_folder, run_notebook
-
-    settings = start()
-    given = dict(_parameter(text) for text in arguments.parameters)
-    notebooks = find_notebooks(settings, arguments.notebooks)
-    declared = {path: declared_parameters(path) for path in notebooks}
-    unknown = given.keys() - {name for names in declared.values() for name in names}
-    if unknown:
-        known = ", ".join(sorted({name for names in declared.values() for name in names}))
-        raise DataError("parameter_unknown", name=", ".join(sorted(unknown)), known=known)
-    _prepare(settings)
-    folder = new_run_folder(settings)
-    for number, path in enumerate(notebooks, 1):
-        print(message("cli_running", number=number, total=len(notebooks), name=path.stem), flush=True)
-        own = {"run_folder": str(folder / path.stem)} | given
-        seconds = run_notebook(path, folder, {k: v for k, v in own.items() if k in declared[path]})
-        print(message("cli_took", seconds=seconds), flush=True)
-    for manifest in sorted(folder.glob("*/manifest.json")):
-        print(f"\n{Comparison.load(manifest.parent)}")
-    print()
-    for name, place in (
-        ("notebooks", folder),
-        ("adapters", settings.lora_model_path),
-        ("indexes", settings.vector_store_path),
-    ):
-        print(message(f"cli_{name}_lie", folder=place))
-    return 0
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise DataError("parameter_form", text=text)
-    return name.strip(), yaml.safe_load(value)
-
-
 def test(arguments: Namespace) -> int:
     """Run the tests, then every notebook against its committed outputs; return pytest's status."""
     from rag_kit.ops.notebooks import own_places
@@ -85,7 +44,9 @@ def test(arguments: Namespace) -> int:
     environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
     environment |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONUTF8": "0"}
     pytest = [sys.executable, "-m", "pytest"]
-    status = subprocess.call([*pytest, *arguments.arguments], cwd=settings.root, env=environment)
+    workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile"]  # some 2 GB each
+    chosen = arguments.arguments or workers
+    status = subprocess.call([*pytest, *chosen], cwd=settings.root, env={"OMP_NUM_THREADS": "1", **environment})
     if status or arguments.arguments:
         return status
     with own_places() as places:

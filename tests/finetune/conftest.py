@@ -29,7 +29,7 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _threads() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the suite runs on every core, a worker each
 
 
 @pytest.fixture(scope="session")

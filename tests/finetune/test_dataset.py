@@ -129,8 +129,7 @@ def test_a_packed_batch_holds_the_common_beginning_once(tokenizer: Any) -> None:
     assert batch["labels"][0].tolist() == targets
 
 
-@pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("which", ["smol", "twin"])
+@pytest.mark.parametrize(("which", "turns"), [("smol", 3), ("twin", 1), ("twin", 3)])
 def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples(
     which: str, turns: int, tokenizers: dict[str, Any], smol_folder: Path
 ) -> None:
