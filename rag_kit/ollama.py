@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
@@ -43,11 +45,64 @@ class OllamaModel:
     digest: str
 
 
+class Line:
+    """The connections that one thread has open to Ollama, so that another thread can cut them.
+
+    A generator that waits for the next token cannot be closed from outside; its socket can.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._cut = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note every connection that this thread opens in the block."""
+        before = _line.set(self)
+        try:
+            yield
+        finally:
+            _line.reset(before)
+
+    def cut(self) -> None:
+        """End what waits on these connections now, and refuse new ones."""
+        with self._lock:
+            self._cut = True
+            for connection in self._sockets:
+                with suppress(OSError):  # it has ended by itself
+                    connection.shutdown(socket.SHUT_RDWR)
+            self._sockets.clear()
+
+    def _note(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                self._sockets.append(info["return_value"].get_extra_info("socket"))
+            if self._cut:
+                self.cut()
+
+
+_line: ContextVar[Line | None] = ContextVar("line", default=None)
+
+
+def _trace(request: httpx.Request) -> None:
+    if line := _line.get():
+        request.extensions["trace"] = line._note
+
+
+# A connection that was kept would serve a later request without being noted again.
+SEVERABLE: dict[str, Any] = {
+    "event_hooks": {"request": [_trace]},
+    "limits": httpx.Limits(max_keepalive_connections=0),
+}
+
+
 def client(base_url: str, timeout: float | None = None, headers: Headers | None = None) -> ollama.Client:
     """Return a client of `base_url` that waits at most `timeout` seconds for bytes, by default LOOK_S."""
     timeout = timeout or LOOK_S
     limits = httpx.Timeout(timeout, connect=min(CONNECT_S, timeout))
-    return ollama.Client(host=base_url, trust_env=False, timeout=limits, headers=dict(headers or {}))
+    sent = dict(headers or {})
+    return ollama.Client(host=base_url, trust_env=False, timeout=limits, headers=sent, **SEVERABLE)
 
 
 def probe(base_url: str) -> tuple[Literal["running", "absent", "down"], str]:
@@ -60,7 +115,8 @@ def probe(base_url: str) -> tuple[Literal["running", "absent", "down"], str]:
     place = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     try:
         socket.create_connection(place, PROBE_S).close()
-        reply = httpx.get(f"{base_url}/api/version", timeout=PROBE_S, trust_env=False)
+        secure = parts.scheme == "https"  # loading certificates takes longer than asking
+        reply = httpx.get(f"{base_url}/api/version", timeout=PROBE_S, trust_env=False, verify=secure)
         if reply.status_code != 200:
             return "down", f"HTTP {reply.status_code}"
         return "running", str(reply.json()["version"])

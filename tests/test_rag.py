@@ -332,8 +332,9 @@ def test_use_lora_holds_for_one_request_and_degrades(root, load):
         assert handler.reference == "lora" and handler.ask("How long?").model == "lora:red"
         with pytest.raises(ModelError, match="use_lora=true"):
             handler.ask("How long?", use_lora=True, model="ollama:qwen3:4b")
-    with closed_port() as url:
-        told = LoRARAGHandler(load(root, OLLAMA_BASE_URL=url), store=Shelf()).ask("How long?", use_lora=False)
+    with ollama(mode="proxy") as wire:
+        handler = LoRARAGHandler(load(root, OLLAMA_BASE_URL=wire.url), store=Shelf())
+        told = handler.ask("How long?", use_lora=False)
         assert told.model == "lora:red" and told.degraded[0].startswith("lora answered in place of ollama:")
 
 
@@ -346,8 +347,8 @@ def test_a_greeting_is_answered_by_the_base_and_not_by_what_an_adapter_knows(roo
 
 
 def test_a_refused_switch_changes_nothing(root, load):
-    with closed_port() as url:
-        handler = LoRARAGHandler(load(root, OLLAMA_BASE_URL=url), store=Shelf())
+    with ollama(mode="proxy") as wire:
+        handler = LoRARAGHandler(load(root, OLLAMA_BASE_URL=wire.url), store=Shelf())
         before = handler.ask("How long?", options=GenerationOptions(max_new_tokens=8))
         for wish, kind in (
             ({"use_lora": False}, ServiceError),

@@ -59,7 +59,7 @@ def test_a_mistake_is_two_sentences_and_status_2(project: Path, lang: str) -> No
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     expected = {
-        "en": "rag-kit: nope is not a model reference (known: base, ollama:MODEL).",
+        "en": "rag-kit: nope is not a model reference (known: base, ollama:stand-in).",
         "zh": "nope 不是模型引用",
     }[lang]
     assert expected in done.stderr

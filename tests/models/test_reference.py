@@ -105,8 +105,8 @@ def test_the_unknown_is_told_with_what_is_known(project, reference):
 
 
 def test_what_is_known_without_adapters_and_without_ollama(tmp_path):
-    with closed_port() as url:
-        assert known_references(Settings.load(tmp_path, ollama_base_url=url)) == ["base", "ollama:MODEL"]
+    with ollama(mode="proxy") as wire:
+        assert known_references(Settings.load(tmp_path, ollama_base_url=wire.url)) == ["base", "ollama:MODEL"]
 
 
 def test_what_is_local():

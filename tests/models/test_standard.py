@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 
 import pytest
 from langchain_core.language_models import BaseChatModel
+from langchain_ollama import ChatOllama
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from rag_kit.models.lora import LoRALanguageModel
 from rag_kit.models.ollama import OllamaLanguageModel
+from rag_kit.models.standin import STAND_IN, find_ollama
 from rag_kit.settings import Settings
-from tests.servers import from_model, ollama
+from tests.servers import closed_port
 
 SHORT = {"max_tokens": 4}  # the unit suites give their own
 
@@ -50,15 +52,14 @@ class TestLoRAIntegration(_Local, ChatModelIntegrationTests):
 
 
 class _Served:
-    """The embedded base behind a server that speaks Ollama's wire."""
+    """The embedded base behind our engine, which speaks Ollama's wire and asks for its key."""
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
-    def _server(cls, smol_settings, smol_engine):
-        base = LoRALanguageModel(model="base", settings=smol_settings)
-        with ollama(from_model(base), models=("tiny:latest", "other:latest")) as wire:
-            cls.url = wire.url
-            yield
+    def _server(cls, smol_settings):
+        with closed_port() as url:
+            cls.server = find_ollama(Settings.load(smol_settings.root, ollama_base_url=url))
+        assert cls.server.state == STAND_IN
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -66,11 +67,15 @@ class _Served:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "tiny", "base_url": self.url} | self.limits
+        return {
+            "model": STAND_IN,
+            "base_url": self.server.url,
+            "client_kwargs": {"headers": self.server.headers},
+        } | self.limits
 
     @property
     def model_override_value(self) -> str:
-        return "other"
+        return f"{STAND_IN}:latest"
 
     @property
     def has_tool_calling(self) -> bool:
@@ -91,3 +96,13 @@ class TestOllamaUnit(_Served, ChatModelUnitTests):
 
 class TestOllamaIntegration(_Served, ChatModelIntegrationTests):
     limits: ClassVar[dict[str, Any]] = SHORT
+
+
+class TestLangChainsOwnOllama(_Served, ChatModelIntegrationTests):
+    """`langchain_ollama.ChatOllama` as it is, against our engine."""
+
+    limits: ClassVar[dict[str, Any]] = {"num_predict": 4}
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOllama

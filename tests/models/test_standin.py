@@ -2,6 +2,7 @@
 
 import pytest
 
+from rag_kit.answer import answer
 from rag_kit.errors import ServiceError
 from rag_kit.models.reference import known_references, load_model
 from rag_kit.models.standin import find_ollama, ollama_state, resolve
@@ -62,6 +63,5 @@ def test_the_stand_in_is_one_child_on_a_port_of_its_own(nobody):
     assert list_models(first.url, first.headers) == ["stand-in:latest"]
     model = load_model("ollama:qwen3:4b", nobody)
     assert "Bearer" not in repr(model)
-    said = model.invoke("What is the capital of France?")
-    assert "Paris" in said.text and said.response_metadata["model"].startswith("stand-in")
-    assert said.usage_metadata["output_tokens"] <= 8
+    said = answer(model, "What is the capital of France?")
+    assert "Paris" in said.text and said.usage["output_tokens"] <= 8
