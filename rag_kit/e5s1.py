@@ -20,7 +20,14 @@ def convert_e5s1(data: bytes, folder: Path) -> None:
     from gguf import GGMLQuantizationType, dequantize
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    read = _Reader(data)
+    at = 0
+
+    def read(layout: str) -> tuple[Any, ...]:
+        """Return the next packed little-endian values."""
+        nonlocal at
+        start, at = at, at + struct.calcsize("<" + layout)
+        return struct.unpack_from("<" + layout, data, start)
+
     _, _, width, layers, heads, inner, vocabulary, positions, types, eps, _ = read("4sI7ifi")
     count, bos, eos, pad, unk, size = read("5iQ")
     offsets = read(f"{count + 1}I")
@@ -81,18 +88,6 @@ def _bert_name(short: str) -> str:
     return f"encoder.layer.{int(layer[1:])}.{part}.{kind}"
 
 
-class _Reader:
-    """A cursor over packed little-endian values."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def __call__(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + layout, self.data, self.at)
-        self.at += struct.calcsize("<" + layout)
-        return values
-
-
 def _unigram(
     vocab: list[tuple[str, float]], unk: int, replacements: dict[str, str], names: dict[str, str]
 ) -> Any:
@@ -138,14 +133,11 @@ def _sentence_transformer(folder: Path, width: int, positions: int) -> None:
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for index, (path, kind) in enumerate(kinds.items())
     ]
-    write_json(folder / "modules.json", modules)
     values = {"max_seq_length": positions, "do_lower_case": False, "model_args": {"add_pooling_layer": False}}
-    write_json(folder / "sentence_bert_config.json", values)
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling").mkdir()
-    write_json(folder / "1_Pooling" / "config.json", pooling)
     prompts = {"query": "query: ", "passage": "passage: ", "document": "passage: "}
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
+    whole = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", values)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "config_sentence_transformers.json", whole)

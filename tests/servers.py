@@ -6,6 +6,8 @@ Their answers come from a chat model (the embedded one) or from a script; `mode`
 from __future__ import annotations
 
 import json
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +34,13 @@ class Wire:
     models: tuple[str, ...] = ("tiny:latest",)
     adapters: tuple[str, ...] = ()  # of the models, those made by a Modelfile with ADAPTER
     loaded: list[str] = field(default_factory=list)
+    digest: str = ""
     thinking: str | None = None  # a thinking model's reasoning
     context_length: int | None = 2048
     mode: str = ""
+    gate: threading.Semaphore | None = None  # every piece waits for a permit
+    tokens: int = 0  # pieces sent, of all replies
+    hung_up: int = 0  # replies that the client did not wait for
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -85,8 +91,6 @@ def openai(reply: Reply | None = None, **how: Any) -> Iterator[Wire]:
 @contextmanager
 def closed_port() -> Iterator[str]:
     """The address of a port where nothing listens."""
-    import socket
-
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, never listening: nobody else can take it
         yield f"http://127.0.0.1:{held.getsockname()[1]}"
@@ -156,6 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         return self.wire.mode in ("proxy", "hang")
 
+    def look(self) -> None:
+        """Stop, as Ollama does, where the client has hung up."""
+        ready, _, _ = select.select([self.connection], [], [], 0)
+        if self.wire.closing.is_set() or (ready and not self.connection.recv(1, socket.MSG_PEEK)):
+            self.wire.hung_up += 1
+            raise _Cut
+
     def cut(self) -> None:
         self.close_connection = True
         self.connection.close()
@@ -179,7 +190,7 @@ class _Ollama(_Handler):
                     "model": m,
                     "size": 10**6,
                     "modified_at": now,
-                    "digest": f"sha256:{m}",
+                    "digest": self.wire.digest or f"sha256:{m}",
                     "details": details,
                 }
                 for m in self.wire.models
@@ -239,7 +250,11 @@ class _Ollama(_Handler):
                 yield line(said={"thinking": piece})
         assert wire.reply is not None
         for count, piece in enumerate(wire.reply(body["messages"], body), 1):
+            while wire.gate and not wire.gate.acquire(timeout=0.02):
+                self.look()
+            self.look()
             yield line(piece)
+            wire.tokens += 1
             if wire.mode == "reset" and count == 2:
                 raise _Cut
             if wire.mode == "unfinished" and count == 2:

@@ -4,7 +4,7 @@ Knows where a chunk ends; where text may be cut is told in `segments`, and what 
 that the embedder gives. Notebook 02 shows it.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -133,19 +133,12 @@ class _Cutter:
         )
 
     def _furthest(self, begin: int, stops: Sequence[int], fitting: int, behind: int) -> int:
-        """Return the index of the last stop that fits: interpolated, then halved, always counted exactly."""
-        tokens = self._tokens(begin, stops[fitting])
-        interpolate = True
-        while fitting + 1 < behind:
-            span = (stops[fitting] - begin) * min(self.limit / max(tokens, 1), 4)
-            guess = bisect_right(stops, begin + span) - 1 if interpolate else (fitting + behind) // 2
-            guess = min(max(guess, fitting + 1), behind - 1)
-            if self._fits(begin, stops[guess]):
-                fitting, tokens = guess, self._tokens(begin, stops[guess])
-            else:
-                behind = guess
-                interpolate = not interpolate
-        return fitting
+        """Return the index of the last stop that fits: sought in doubled steps, then by halving."""
+        step = 1
+        while fitting + step < behind and self._fits(begin, stops[fitting + step]):
+            fitting, step = fitting + step, 2 * step
+        further = range(fitting + 1, min(fitting + step, behind))
+        return fitting + bisect_left(further, True, key=lambda index: not self._fits(begin, stops[index]))
 
     def _fits(self, begin: int, stop: int) -> bool:
         """Tell whether a chunk is within the limit; a far too long one is found out by its beginning."""
@@ -155,10 +148,7 @@ class _Cutter:
             if self.count(self.text[begin : begin + probe]) > 2 * self.limit + 8:
                 return False
             probe *= 2
-        return self._tokens(begin, stop) <= self.limit
-
-    def _tokens(self, begin: int, stop: int) -> int:
-        return self.count(self.text[begin:stop].rstrip())
+        return self.count(self.text[begin:stop].rstrip()) <= self.limit
 
     def _repeat(self, begin: int, stop: int, overlap: int) -> int:
         """Return where the next chunk begins: up to `overlap` sentences before `stop`, as far as they fit."""

@@ -51,28 +51,23 @@ def decode(data: bytes, declared: str | None = None) -> Decoded | None:
 
     Order: a byte-order mark, `declared` (an HTML file's own charset), strict UTF-8, then the guess.
     """
-    for mark, encoding in _MARKS:
-        if data.startswith(mark):
-            return _known(data, encoding)
-    if declared:
-        # Browsers read gb2312 and gbk as their superset, and big5 with its Hong Kong extension.
-        name = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs"}.get(declared.lower(), declared)
-        found = _known(data, name)
-        if found:
-            return found
-    return _known(data, "utf-8") or _guess(data)
-
-
-def _known(data: bytes, encoding: str) -> Decoded | None:
-    text = _strict(data, encoding)
-    return None if text is None or "\x00" in text else Decoded(text, encoding)
+    marked = [encoding for mark, encoding in _MARKS if data.startswith(mark)][:1]
+    # Browsers read gb2312 and gbk as their superset, and big5 with its Hong Kong extension.
+    supersets = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs"}
+    told = [supersets.get(declared.lower(), declared)] if declared else []
+    for encoding in marked or [*told, "utf-8"]:
+        if (text := _strict(data, encoding)) is not None:
+            return Decoded(text, encoding)
+    return None if marked else _guess(data)
 
 
 def _strict(data: bytes, encoding: str) -> str | None:
+    """Return the text, or None where it is in another encoding or is none: a NUL stands in no text."""
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except (UnicodeDecodeError, LookupError):
         return None
+    return None if "\x00" in text else text
 
 
 def _guess(data: bytes) -> Decoded | None:
@@ -84,10 +79,9 @@ def _guess(data: bytes) -> Decoded | None:
         ("windows-1252", "cp1252", _western),
     ):
         text = _strict(data, codec)
-        if text is not None and not _CONTROLS.search(text):
-            readings.append((score(text), Decoded(text, encoding, guessed=True)))
-    best = max(readings, key=lambda reading: reading[0], default=None)
-    return best[1] if best and best[0] >= _ENOUGH else None
+        if text is not None and not _CONTROLS.search(text) and (common := score(text)) >= _ENOUGH:
+            readings.append((common, Decoded(text, encoding, guessed=True)))
+    return max(readings, key=lambda reading: reading[0], default=(0, None))[1]
 
 
 def _chinese(text: str) -> float:

@@ -17,7 +17,7 @@ from rag_kit.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-READERS: dict[str, Callable[[Path], readers.Content]] = {
+READERS: dict[str, Callable[[Path], Document]] = {
     ".md": readers.read_text,
     ".txt": readers.read_text,
     ".html": readers.read_html,
@@ -37,9 +37,7 @@ def sample_handbook() -> Path:
     return Path(__file__).parent / "handbook"
 
 
-def load_documents(
-    path: Path | str | Sequence[Path | str], *, on_progress: Callable[[int, int], None] | None = None
-) -> list[Document]:
+def load_documents(path: Path | str | Sequence[Path | str]) -> list[Document]:
     """Read a file, a folder (recursively, in sorted order) or several of them, one document a file.
 
     Hidden files, `~$` lock files and other suffixes than `SUFFIXES` are passed over. A folder that holds a
@@ -47,21 +45,18 @@ def load_documents(
     documents and are not documents. Metadata: `source` (POSIX path relative to the folder given, the name
     of a file given alone, or the path relative to the deepest common folder of several paths given);
     `encoding` where text was decoded and `encoding_guessed` where that was a guess; `pages` of a PDF, the
-    offset at which each page starts. `on_progress` is told (files done, files in all).
+    offset at which each page starts.
 
     Raises DataError for a path that is missing or holds no document, and one error that names every file
     that cannot be read: nothing is passed over in silence.
     """
-    files = list(_files(path))
     documents: list[Document] = []
     problems: list[DataError] = []
-    for done, (file, source) in enumerate(files, 1):
+    for file, source in _files(path):
         try:
             documents.append(_load(file, source))
         except DataError as problem:
             problems.append(problem)
-        if on_progress:
-            on_progress(done, len(files))
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -71,14 +66,15 @@ def load_documents(
 
 def _load(file: Path, source: str) -> Document:
     try:
-        content = READERS[file.suffix.lower()](file)
+        document = READERS[file.suffix.lower()](file)
     except OSError as error:
         raise DataError("document_not_opened", path=file, reason=error.strerror or error) from error
-    if not content.text.strip():
+    if not document.page_content.strip():
         raise DataError("document_empty", path=file)
-    if content.metadata.get("encoding_guessed"):
-        _log.warning("%s: no encoding is declared, read as %s (a guess)", file, content.metadata["encoding"])
-    return Document(page_content=content.text, metadata={"source": source, **content.metadata})
+    if document.metadata.get("encoding_guessed"):
+        _log.warning("%s: no encoding is declared, read as %s (a guess)", file, document.metadata["encoding"])
+    document.metadata = {"source": source, **document.metadata}
+    return document
 
 
 def _files(path: Path | str | Sequence[Path | str]) -> Iterator[tuple[Path, str]]:

@@ -1,17 +1,18 @@
 """Question sets: questions with reference answers and, where known, the place of each answer.
 
 Gold spans are offsets into documents, never chunk ids, so that they outlive re-chunking. Reads JSON lines
-(this project's own form), SQuAD files (CMRC 2018, DRCD and XQuAD are of that shape) and tables; writes JSON
-lines. Notebook 03 shows it.
+(this project's own form), SQuAD files (CMRC 2018, DRCD and XQuAD are of that shape) and tables. Notebook 03
+shows it.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import regex
 from langchain_core.documents import Document
 
 from rag_kit.data.language import detect_language
@@ -19,7 +20,6 @@ from rag_kit.data.problems import SeveralProblems
 from rag_kit.data.question_tables import table_records
 from rag_kit.data.readers import decode_file, json_lines
 from rag_kit.errors import DataError
-from rag_kit.manifest import write_atomic
 
 _FORMATS = (".jsonl", ".json", ".csv", ".xlsx")
 _FIELDS = {  # name: (type, required)
@@ -82,7 +82,7 @@ def load_questions(path: Path | str, documents: Sequence[Document] | None = None
         documents = squad_documents(path) if documents is None else documents
     else:
         records = table_records(path)
-    questions = list(_checked(path, records, documents))
+    questions = _checked(path, records, documents)
     if not questions:
         raise DataError("questions_none", path=path)
     return questions
@@ -96,27 +96,15 @@ def squad_documents(path: Path | str) -> list[Document]:
     ]
 
 
-def save_questions(path: Path | str, questions: Sequence[Question]) -> None:
-    """Write questions as JSON lines, atomically; `load_questions` gives back the same questions."""
-    lines = [json.dumps(_record(question), ensure_ascii=False) + "\n" for question in questions]
-    write_atomic(Path(path), "".join(lines))
-
-
 def without_spans(questions: Sequence[Question]) -> int:
     """Return how many answerable questions have no gold span: recall@k leaves these out."""
     return sum(question.answerable and not question.spans for question in questions)
 
 
-def _record(question: Question) -> dict[str, Any]:
-    values = asdict(question)
-    record = {"id": values.pop("id"), "question": values.pop("text"), **values}
-    return {key: value for key, value in record.items() if value is not None}
-
-
 def _checked(
     path: Path, records: Iterator[tuple[int, dict[str, Any]]], documents: Sequence[Document] | None
-) -> Iterator[Question]:
-    """Yield the questions; raises one error with every fault of the file."""
+) -> list[Question]:
+    """Return the questions; raises one error with every fault of the file."""
     texts = None if documents is None else {each.metadata["source"]: each.page_content for each in documents}
     questions: list[Question] = []
     problems: list[DataError] = []
@@ -134,7 +122,7 @@ def _checked(
         problems += faults
     if problems:
         raise SeveralProblems("questions_invalid", problems, path=path)
-    yield from questions
+    return questions
 
 
 def _field_faults(record: dict[str, Any], where: dict[str, Any]) -> Iterator[DataError]:
@@ -158,12 +146,9 @@ def _field_faults(record: dict[str, Any], where: dict[str, Any]) -> Iterator[Dat
 def _is_span(span: Any) -> bool:
     if not isinstance(span, dict) or span.keys() != {"source", "start", "end"}:
         return False
-    offsets = span["start"], span["end"]
-    return (
-        isinstance(span["source"], str)
-        and all(type(offset) is int for offset in offsets)  # not bool, which is an int too
-        and 0 <= offsets[0] < offsets[1]
-    )
+    source, start, end = span["source"], span["start"], span["end"]
+    # not isinstance: a bool is an int too
+    return isinstance(source, str) and type(start) is type(end) is int and 0 <= start < end
 
 
 def _question(record: dict[str, Any]) -> Question:
@@ -196,17 +181,11 @@ def _question_faults(
             yield DataError("question_source", available=available, **place)
         elif (found := text[span.start : span.end]) not in question.answers:
             expected = question.answers[0] if question.answers else ""
-            stands = list(islice(_occurrences(text, expected), 3))
+            places = regex.finditer(regex.escape(expected), text, overlapped=True) if expected else ()
+            stands = [match.start() for match in islice(places, 3)]
             key = "question_offset_elsewhere" if stands else "question_offset"
             elsewhere = ", ".join(f"{start}–{start + len(expected)}" for start in stands)
             yield DataError(key, found=found[:80], expected=expected, elsewhere=elsewhere, **place)
-
-
-def _occurrences(text: str, answer: str) -> Iterator[int]:
-    start = text.find(answer) if answer else -1
-    while start >= 0:
-        yield start
-        start = text.find(answer, start + 1)
 
 
 def _squad_paragraphs(path: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:

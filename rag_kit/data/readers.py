@@ -1,18 +1,19 @@
 """One function a file format: its text and what is known of it (encoding, pages).
 
-Each returns `Content` or raises DataError; headings of HTML and Word become Markdown headings, so that the
-chunker sees the sections, and a table's rows become lines `heading: value; …`.
+Each returns a document without a source or raises DataError; headings of HTML and Word become Markdown
+headings, so that the chunker sees the sections, and a table's rows become lines `heading: value; …`.
 """
 
 import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
+from langchain_core.documents import Document
 
 from rag_kit.data.encodings import Decoded, decode
 from rag_kit.errors import DataError
@@ -31,14 +32,6 @@ _UNSEEN = (
 _SEPARATORS = ",\t;|"
 
 
-@dataclass(frozen=True)
-class Content:
-    """The text of one file and what else is known of it."""
-
-    text: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
 def decode_file(path: Path, *, html: bool = False) -> Decoded:
     """Return a text file's content decoded; raises DataError where it is empty or is not text."""
     data = path.read_bytes()
@@ -55,73 +48,71 @@ def decode_file(path: Path, *, html: bool = False) -> Decoded:
     return decoded
 
 
-def read_text(path: Path) -> Content:
+def read_text(path: Path) -> Document:
     """Read Markdown or plain text, every character as it stands but a byte-order mark."""
-    return _content(decode_file(path))
+    decoded = decode_file(path)
+    return _document(decoded, decoded.text)
 
 
-def read_html(path: Path) -> Content:
+def read_html(path: Path) -> Document:
     """Read the visible text of an HTML page, a line a block, in the charset that it declares."""
     from bs4 import BeautifulSoup
 
     decoded = decode_file(path, html=True)
-    return _content(decoded, _visible_text(BeautifulSoup(decoded.text, "html.parser")))
+    return _document(decoded, _visible_text(BeautifulSoup(decoded.text, "html.parser")))
 
 
-def read_pdf(path: Path) -> Content:
+def read_pdf(path: Path) -> Document:
     """Read a PDF's text; `pages` holds the offset at which each page starts.
 
     Raises DataError for an encrypted or damaged file, and for a scan, which has pictures but no text.
     """
     from pypdf import PdfReader
+    from pypdf.errors import FileNotDecryptedError
 
     try:
-        reader = PdfReader(io.BytesIO(path.read_bytes()))
-        locked = reader.is_encrypted and not _opens_without_password(reader)
-        pages = [] if locked else [page.extract_text() for page in reader.pages]
+        # It tries the empty password itself: a file that only restricts printing and the like is read.
+        pages = [page.extract_text() for page in PdfReader(io.BytesIO(path.read_bytes())).pages]
+    except FileNotDecryptedError as error:
+        raise DataError("pdf_encrypted", path=path) from error
     except Exception as error:  # a broken file raises whatever the broken part leads to
         raise _damaged(path, "PDF", error) from error
-    if locked:
-        raise DataError("pdf_encrypted", path=path)
     if not any(page.strip() for page in pages):
         raise DataError("pdf_scanned", path=path, pages=len(pages))
-    starts, offset = [], 0
-    for page in pages:
-        starts.append(offset)
-        offset += len(page) + 2
-    return Content("\n\n".join(pages), {"pages": starts})
+    starts = list(accumulate((len(page) + 2 for page in pages[:-1]), initial=0))
+    return Document("\n\n".join(pages), metadata={"pages": starts})
 
 
-def read_docx(path: Path) -> Content:
+def read_docx(path: Path) -> Document:
     """Read a Word document: paragraphs and tables in their order."""
-    from docx import Document as open_docx
+    import docx
 
     try:
-        blocks = list(_word_blocks(open_docx(io.BytesIO(path.read_bytes())).iter_inner_content()))
+        blocks = list(_word_blocks(docx.Document(io.BytesIO(path.read_bytes())).iter_inner_content()))
     except Exception as error:  # zip, XML and package faults have no common class
         raise _damaged(path, "Word", error) from error
-    return Content("\n\n".join(block for block in blocks if block.strip()))
+    return Document("\n\n".join(block for block in blocks if block.strip()))
 
 
-def read_xlsx(path: Path) -> Content:
+def read_xlsx(path: Path) -> Document:
     """Read every sheet of a workbook, a row a line; several sheets have their names as headings."""
     sheets = {name: list(table_lines(rows)) for name, rows in xlsx_rows(path).items()}
     filled = {name: lines for name, lines in sheets.items() if lines}
     titled = len(filled) > 1
-    return Content("\n\n".join("\n".join([f"# {name}"] * titled + lines) for name, lines in filled.items()))
+    return Document("\n\n".join("\n".join([f"# {name}"] * titled + lines) for name, lines in filled.items()))
 
 
-def read_csv(path: Path) -> Content:
+def read_csv(path: Path) -> Document:
     """Read a CSV file, a row a line."""
     decoded = decode_file(path)
-    return _content(decoded, "\n".join(table_lines(csv_rows(path, decoded.text))))
+    return _document(decoded, "\n".join(table_lines(csv_rows(path, decoded.text))))
 
 
-def read_jsonl(path: Path) -> Content:
+def read_jsonl(path: Path) -> Document:
     """Read JSON lines: each object's `text`, `content` or `page_content`, else `key: value; …`."""
     decoded = decode_file(path)
     records = [_record_text(record) for _, record in json_lines(path, decoded.text)]
-    return _content(decoded, "\n\n".join(records))
+    return _document(decoded, "\n\n".join(records))
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -173,9 +164,9 @@ def table_lines(rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield "; ".join(f"{heading}: {cell}" if heading else cell for heading, cell in pairs if cell)
 
 
-def _content(decoded: Decoded, text: str | None = None) -> Content:
+def _document(decoded: Decoded, text: str) -> Document:
     guessed = {"encoding_guessed": True} if decoded.guessed else {}
-    return Content(decoded.text if text is None else text, {"encoding": decoded.encoding, **guessed})
+    return Document(text, metadata={"encoding": decoded.encoding, **guessed})
 
 
 def _visible_text(soup: "BeautifulSoup") -> str:
@@ -204,20 +195,10 @@ def _visible_text(soup: "BeautifulSoup") -> str:
     return text.strip()
 
 
-def _opens_without_password(reader: Any) -> bool:
-    """Tell whether an encrypted PDF only restricts printing and the like, and reads with no password."""
-    from pypdf.errors import PyPdfError
-
-    try:
-        return bool(reader.decrypt(""))
-    except (PyPdfError, NotImplementedError):  # a cipher that is not installed
-        return False
-
-
 def _word_blocks(content: Iterable[Any]) -> Iterator[str]:
     for block in content:
-        if hasattr(block, "rows"):
-            yield "\n".join(" | ".join(_word_row(row)) for row in block.rows)
+        if hasattr(block, "rows"):  # a merged cell is there once for each column that it spans
+            yield "\n".join(" | ".join(map(_word_cell, dict.fromkeys(row.cells))) for row in block.rows)
         else:
             style = (block.style.name if block.style else "") or ""
             heading = regex.fullmatch(r"(?:Heading ([1-6])|Title)", style)
@@ -225,12 +206,8 @@ def _word_blocks(content: Iterable[Any]) -> Iterator[str]:
             yield marks + block.text
 
 
-def _word_row(row: Any) -> Iterator[str]:
-    previous = None
-    for cell in row.cells:
-        if cell._tc is not previous:  # a merged cell is returned once for each column that it spans
-            yield _one_line("\n".join(_word_blocks(cell.iter_inner_content())))
-        previous = cell._tc
+def _word_cell(cell: Any) -> str:
+    return _one_line("\n".join(_word_blocks(cell.iter_inner_content())))
 
 
 def _record_text(record: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ from functools import cached_property
 import regex
 
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\u3000-\u303f\uff00-\uffef"
-_SPACE = r"[\s\x1c-\x1f]"  # what str.isspace() says of a character
 # Closing marks, and what clings to the character before it: combining marks, variation selectors,
 # joiners, skin tones, tags.
 CLOSING = regex.compile(
@@ -67,15 +66,16 @@ class Segments:
     def __init__(self, text: str) -> None:
         self.text = text
         self.end = len(text.rstrip())
+        self._stops: dict[Level, list[int] | range] = {Level.CODE_POINT: range(self.end + 1)}
         headings = [(match.start(), match.end()) for match in _HEADING.finditer(text)]
         self._section_stops = {self._skip(start) for start, _ in headings}
         self._behind_heading = {self._skip(end) for _, end in headings}
 
     def stops(self, level: Level) -> list[int] | range:
         """Return the sorted stops of one level below sentences (`whole` has the levels above)."""
-        if level == Level.CODE_POINT:
-            return range(self.end + 1)
-        return self._finer[level] if level in self._finer else self._find(level)
+        if level not in self._stops:
+            self._stops[level] = self._find(level)
+        return self._stops[level]
 
     @cached_property
     def whole(self) -> tuple[list[int], dict[int, Level]]:
@@ -89,10 +89,6 @@ class Segments:
             levels |= dict.fromkeys(self._clean(offsets), level)
         levels[self.end] = Level.SECTION
         return sorted(levels), levels
-
-    @cached_property
-    def _finer(self) -> dict[Level, list[int]]:
-        return {}
 
     def _find(self, level: Level) -> list[int]:
         patterns = {
@@ -111,7 +107,6 @@ class Segments:
             found = sorted(set(self._clean(offsets, behind_heading=level >= Level.WORD)))
         if level == Level.WORD:  # a word takes its opening marks along
             found = [stop for stop in found if not _OPENING.match(self.text, stop - 1)]
-        self._finer[level] = found
         return found
 
     def _clean(self, offsets: Iterable[int], *, behind_heading: bool = False) -> Iterator[int]:
@@ -148,6 +143,3 @@ class Segments:
         if _ABBREVIATION.fullmatch(before) or (len(before) == 1 and before.isupper()):
             return False
         return not self.text[following : following + 1].islower()
-
-
-__all__ = ["CLOSING", "Level", "Segments"]

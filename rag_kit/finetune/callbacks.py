@@ -18,22 +18,18 @@ class Progress:
     transformers' own notebook bar is left out: nbval cannot read it.
     """
 
-    def __init__(self, *, show: bool, on_log: OnLog | None) -> None:
+    def __init__(self, steps: int, *, show: bool, on_log: OnLog | None) -> None:
+        from tqdm.auto import tqdm
+
         self.history: list[dict[str, float]] = []
-        self._show, self._on_log = show, on_log
-        self._bar: Any = None
+        self._on_log = on_log
+        self._bar = tqdm(total=steps, desc=message("finetune_progress"), disable=not show)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """Do nothing at the events that are not listed here."""
         if not name.startswith("on_"):
             raise AttributeError(name)
         return lambda *_, **__: None
-
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Open the bar."""
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=state.max_steps, desc=message("finetune_progress"), disable=not self._show)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
         """Keep the loss of a step; raises ModelError where it is no finite number."""
@@ -50,17 +46,14 @@ class Progress:
             "grad_norm": float(logs.get("grad_norm", 0.0)),
         }
         self.history.append(row)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if self._on_log:
             self._on_log(row)
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        self._bar.update(state.global_step - self._bar.n)
 
     def close(self) -> None:
         """Take the bar away; a training may end at any moment."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

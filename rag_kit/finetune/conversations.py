@@ -5,7 +5,7 @@ Knows file formats and the one prompt; knows nothing of tokens.
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from langchain_core.messages import AIMessage, BaseMessage, SystemMessage, conve
 from rag_kit.data.language import detect_language
 from rag_kit.data.loaders import load_documents, sample_handbook
 from rag_kit.data.problems import SeveralProblems
-from rag_kit.data.questions import Question, Span, load_questions, squad_documents
+from rag_kit.data.questions import Span, load_questions, squad_documents
 from rag_kit.data.readers import decode_file, json_lines
 from rag_kit.data.sets import with_split
 from rag_kit.errors import DataError
@@ -61,14 +61,15 @@ def load_training_data(path: Path | None = None, *, split: str = "train") -> Tra
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError("finetune_data_format", path=path, supported=", ".join(SUFFIXES))
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     if suffix == ".jsonl" and (kind := _kind(path)) != "question":
         read = _facts if kind == "questions" else _chats
         conversations = list(_read_lines(path, read))
     else:
         conversations = _from_questions(path, split, left_out)
     if not conversations:
-        raise DataError("finetune_data_empty", path=path, left_out=_told(left_out))
+        told = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "-"
+        raise DataError("finetune_data_empty", path=path, left_out=told)
     return TrainingData(path.name, sha256(path), conversations, left_out)
 
 
@@ -145,7 +146,7 @@ def _chats(record: dict[str, Any]) -> Iterator[Conversation]:
     yield messages
 
 
-def _from_questions(path: Path, split: str, left_out: dict[str, int]) -> list[Conversation]:
+def _from_questions(path: Path, split: str, left_out: Counter[str]) -> list[Conversation]:
     """Return a conversation for each question of `split` that has an answer."""
     questions = with_split(load_questions(path))
     contexts: dict[str, str] = {}
@@ -153,27 +154,16 @@ def _from_questions(path: Path, split: str, left_out: dict[str, int]) -> list[Co
         contexts = {each.metadata["source"]: each.page_content for each in squad_documents(path)}
     conversations = []
     for question in questions:
+        answers = [answer for answer in question.answers if question.answerable and _is_text(answer)]
         reason = question.split if split not in ("all", question.split) else None
-        if reason is None and not (question.answerable and any(map(_is_text, question.answers))):
-            reason = "unanswerable"
-        if reason is not None:
-            left_out[reason] = left_out.get(reason, 0) + 1
+        if reason is not None or not answers:
+            left_out[reason or "unanswerable"] += 1
             continue
-        conversations.append(_asked(question, contexts))
+        passages = [contexts[span.source] for span in question.spans[:1] if span.source in contexts]
+        answer = AIMessage(f"{answers[0]} [1]" if passages else answers[0])
+        conversations.append([*build_messages(question.text, passages, language=question.language), answer])
     return conversations
 
 
-def _asked(question: Question, contexts: dict[str, str]) -> Conversation:
-    passages = [contexts[span.source] for span in question.spans[:1] if span.source in contexts]
-    answer = next(answer for answer in question.answers if _is_text(answer))
-    if passages:
-        answer = f"{answer} [1]"
-    return [*build_messages(question.text, passages, language=question.language), AIMessage(answer)]
-
-
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(re.search(r"\S", value))
-
-
-def _told(left_out: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "-"
+    return isinstance(value, str) and bool(value.strip())

@@ -6,16 +6,19 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rag_kit.errors import message
-from rag_kit.finetune.dataset import Example
+from rag_kit.finetune.dataset import Example, pack
+from rag_kit.finetune.hyperparameters import Hyperparameters
 
 TIMED = 3  # batches
 SAMPLED = 50
 ADAM_BYTES = 8  # two f32 moments a trainable parameter
+READING_S = 0.01  # between two readings of the memory in use
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,6 @@ class Forecast:
     memory_bytes: int
     steps: int
     examples: int
-    tokens_per_epoch: int
     parameters: int
     trainable_parameters: int
     device: str
@@ -54,34 +56,31 @@ class Forecast:
 def make_forecast(
     model: Any,
     examples: Sequence[Example],
-    collate: Callable[[Sequence[Example]], dict[str, Any]],
+    chosen: Hyperparameters,
     *,
     batch_size: int,
     steps: int,
-    epochs: float,
     device: str,
     dtype: str,
-    seed: int = 0,
 ) -> Forecast:
     """Time forward and backward of a shuffled epoch's largest batch and of some others.
 
     Gradients are thrown away. Leaves the weights as they are; the state of torch's random numbers changes.
     """
-    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    order = random.Random(chosen.seed).sample(range(len(examples)), len(examples))
     batches = [[examples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    collated = [collate(batch) for batch in batches[:SAMPLED]]
+    collated = [pack(batch) for batch in batches[:SAMPLED]]
     mean_tokens = statistics.mean(batch["input_ids"].numel() for batch in collated)
-    with PeakMemory(device) as memory:
+    with _memory_readings(device) as readings:
         largest = max(collated, key=lambda batch: batch["input_ids"].numel())
         _timed_step(model, largest, device)  # the first step also warms up
     rates = [_timed_step(model, batch, device) / batch["input_ids"].numel() for batch in collated[:TIMED]]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Forecast(
-        seconds=statistics.median(rates) * mean_tokens * len(batches) * epochs,
-        memory_bytes=memory.peak + trainable * ADAM_BYTES,
+        seconds=statistics.median(rates) * mean_tokens * len(batches) * (chosen.epochs or 0),
+        memory_bytes=max(readings) + trainable * ADAM_BYTES,
         steps=steps,
         examples=len(examples),
-        tokens_per_epoch=round(mean_tokens * len(batches)),
         parameters=sum(p.numel() for p in model.parameters()),
         trainable_parameters=trainable,
         device=device,
@@ -99,37 +98,29 @@ def _timed_step(model: Any, batch: dict[str, Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-class PeakMemory:
-    """The largest memory in use within a `with` block, in bytes: of the process, on CUDA of the GPU."""
+@contextmanager
+def _memory_readings(device: str) -> Iterator[list[int]]:
+    """Yield a list for the bytes in use within the block: of the process, on CUDA its peak there."""
+    import psutil
+    import torch
 
-    def __init__(self, device: str, every: float = 0.01) -> None:
-        self.peak, self._device, self._every = 0, device, every
-        self._done = threading.Event()
+    readings: list[int] = []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield readings
+        readings.append(torch.cuda.max_memory_allocated())
+        return
+    done, process = threading.Event(), psutil.Process()
 
-    def __enter__(self) -> PeakMemory:
-        if self._device == "cuda":
-            import torch
+    def watch() -> None:
+        readings.append(process.memory_info().rss)
+        while not done.wait(READING_S):
+            readings.append(process.memory_info().rss)
 
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._device == "cuda":
-            import torch
-
-            self.peak = torch.cuda.max_memory_allocated()
-        else:
-            self._done.set()
-            self._thread.join()
-
-    def _watch(self) -> None:
-        import psutil
-
-        process = psutil.Process()
-        while True:  # at least one reading
-            self.peak = max(self.peak, process.memory_info().rss)
-            if self._done.wait(self._every):
-                return
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield readings
+    finally:
+        done.set()
+        thread.join()

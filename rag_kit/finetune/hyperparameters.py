@@ -42,13 +42,12 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in ("lora_dropout", "warmup_ratio", "weight_decay", "seed"):
-                allowed, right = "≥ 0", value >= 0
-            elif isinstance(value, int | float):
-                allowed, right = "> 0", isinstance(value, bool) or 0 < value < float("inf")
-            else:
+            if isinstance(value, bool | str | None):
                 continue
-            if name in ("lora_dropout", "warmup_ratio"):
+            allowed, right = "> 0", 0 < value < float("inf")
+            if name in ("weight_decay", "seed"):
+                allowed, right = "≥ 0", value >= 0
+            elif name in ("lora_dropout", "warmup_ratio"):
                 allowed, right = "≥ 0, < 1", 0 <= value < 1
             if not right:
                 raise SettingsError("finetune_value", name=name, value=value, allowed=allowed)

@@ -13,8 +13,8 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,16 +74,15 @@ def finetune(
     hyperparameters: Hyperparameters | None = None,
     split: str = "train",
     settings: Settings | None = None,
-    on_forecast: Callable[[Forecast], None] | None = None,
     on_log: OnLog | None = None,
     progress: bool = True,
 ) -> FinetuneResult:
     """Train a LoRA adapter of `base` on `data` and put it, with its recipe, into `output_dir`.
 
     Left out, they are BASE_MODEL_NAME, the sample handbook's facts, and LORA_MODEL_PATH itself. `on_log`
-    gets a row for each step, `on_forecast` time and memory before the first. An adapter that is there
-    already is kept in `.previous-<time>` inside the folder; adapters in other subfolders are not touched.
-    Raises DataError, ModelError, StoreError; the folder is then as it was. Notebook 01 shows it.
+    gets a row for each step. An adapter that is there already is kept in `.previous-<time>` inside the
+    folder; adapters in other subfolders are not touched. Raises DataError, ModelError, StoreError; the folder
+    is then as it was. Notebook 01 shows it.
     """
     settings = settings or get_settings()
     chosen = (hyperparameters or Hyperparameters()).decided(settings, handbook=data is None)
@@ -98,19 +97,18 @@ def finetune(
         examples = encode_conversations(
             tokenizer, training.conversations, end_ids(tokenizer, model.generation_config), chosen.max_length
         )
-        check_output(folder, BESIDE_WEIGHTS + _trainable_bytes(model))
+        check_output(folder, BESIDE_WEIGHTS + sum(p.nbytes for p in model.parameters() if p.requires_grad))
         packed = packing_holds(model, examples, device)
         steps = _steps(len(examples), chosen)
         forecast = make_forecast(
-            model, examples, pack, batch_size=chosen.batch_size or 1 if packed else 1, steps=steps,
-            epochs=chosen.epochs or 0, device=device.name, dtype=dtype, seed=chosen.seed,
+            model, examples, chosen, batch_size=chosen.batch_size or 1 if packed else 1, steps=steps,
+            device=device.name, dtype=dtype,
         )  # fmt: skip
         _log.info("%s", forecast.text())
-        if on_forecast:
-            on_forecast(forecast)
         start = time.perf_counter()
-        rows = _train(model, tokenizer, examples, chosen, device, packed, steps, on_log, progress)
-        seconds = time.perf_counter() - start
+        with closing(Progress(steps, show=progress, on_log=on_log)) as watch:
+            _train(model, tokenizer, examples, chosen, device, packed, steps, watch)
+        rows, seconds = watch.history, time.perf_counter() - start
 
     how = {**asdict(chosen), "device": device.name, "base_dtype": dtype, "packed": packed}
     recipe = _recipe(found, training, len(examples), how, rows)
@@ -142,14 +140,12 @@ def _train(
     device: Device,
     packed: bool,
     steps: int,
-    on_log: OnLog | None,
-    progress: bool,
-) -> list[dict[str, float]]:
-    """Run the Trainer and return its log rows."""
+    watch: Progress,
+) -> None:
+    """Run the Trainer; `watch` keeps the log."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     batch = chosen.batch_size or 1
-    watch = Progress(show=progress, on_log=on_log)
     with tempfile.TemporaryDirectory(prefix="rag-kit-finetune-") as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -184,11 +180,7 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)
         set_seed(chosen.seed)  # the forecast drew random numbers
-        try:
-            trainer.train()
-        finally:
-            watch.close()
-    return watch.history
+        trainer.train()
 
 
 def _save(
@@ -246,10 +238,6 @@ def _steps(examples: int, chosen: Hyperparameters) -> int:
     return math.ceil((chosen.epochs or 0) * math.ceil(batches / chosen.gradient_accumulation_steps))
 
 
-def _trainable_bytes(model: Any) -> int:
-    return int(sum(p.nbytes for p in model.parameters() if p.requires_grad))
-
-
 @contextmanager
 def _told_unwritable(folder: Path) -> Iterator[None]:
     from safetensors import SafetensorError
@@ -269,9 +257,8 @@ def _told_out_of_memory(device: Device) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ModelError("finetune_out_of_memory", device=device.name) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise ModelError("finetune_out_of_memory", device=device.name) from error
+    except (MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if exhausted or "can't allocate memory" in str(error):
+            raise ModelError("finetune_out_of_memory", device=device.name) from error
+        raise

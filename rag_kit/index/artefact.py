@@ -7,6 +7,7 @@ and hash of every file. Nothing is pickled. Knows the files; knows nothing of em
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ class Contents:
 
     index: Any = None  # faiss.IndexIDMap2 over IndexFlatIP, whose ids are the keys; None before the first
     documents: dict[int, Document] = field(default_factory=dict)
-    keys: dict[str, int] = field(default_factory=dict)  # by the documents' ids
 
-    @classmethod
-    def of(cls, index: Any, documents: dict[int, Document]) -> "Contents":
-        """Return the contents with `keys` derived from the documents' ids."""
-        return cls(index, documents, {str(document.id): key for key, document in documents.items()})
+    @cached_property
+    def keys(self) -> dict[str, int]:
+        """The keys by the documents' ids."""
+        return {str(document.id): key for key, document in self.documents.items()}
 
 
 def write_index(folder: Path, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
@@ -94,21 +94,20 @@ def read_contents(folder: Path, dimension: int) -> Contents:
         index: Any = faiss.read_index(str(folder / INDEX))
         keys = faiss.vector_to_array(index.id_map).tolist()
         flat = faiss.downcast_index(index.index)
-        sound = type(flat) is faiss.IndexFlatIP and (index.d, index.ntotal) == (dimension, len(keys))
-    except (RuntimeError, MemoryError, AttributeError, OSError) as error:
+        if type(flat) is not faiss.IndexFlatIP or (index.d, index.ntotal) != (dimension, len(keys)):
+            raise ValueError("another kind, dimension or number")
+    except (RuntimeError, MemoryError, AttributeError, OSError, ValueError) as error:
         raise StoreError("index_damaged", path=folder / INDEX) from error
-    if not sound:
-        raise StoreError("index_damaged", path=folder / INDEX)
     documents = {}
     try:
         with (folder / CHUNKS).open(encoding="utf-8") as file:
             for row in map(json.loads, file):
                 documents[row["key"]] = Document(row["text"], metadata=row["metadata"], id=row["id"])
+        if sorted(documents) != sorted(keys):
+            raise ValueError("other keys than those of the vectors")
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError("index_damaged", path=folder / CHUNKS) from error
-    if sorted(documents) != sorted(keys):
-        raise StoreError("index_damaged", path=folder / CHUNKS)
-    return Contents.of(index, documents)
+    return Contents(index, documents)
 
 
 def _line(key: int, document: Document) -> str:

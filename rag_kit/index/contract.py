@@ -90,17 +90,13 @@ class ContractEmbeddings(Embeddings):
         """Return the vectors of passages (n × dimension)."""
         return self.encode(texts, self.instructions.passage)
 
-    def questions(self, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of questions (n × dimension)."""
-        return self.encode(texts, self.instructions.query)
-
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Return the vectors of passages as lists (LangChain's form)."""
         return self.passages(texts).tolist() if texts else []
 
     def embed_query(self, text: str) -> list[float]:
         """Return the vector of a question as a list (LangChain's form)."""
-        vector: list[float] = self.questions([text])[0].tolist()
+        vector: list[float] = self.encode([text], self.instructions.query)[0].tolist()
         return vector
 
     def contract(self) -> dict[str, Any]:
@@ -131,11 +127,6 @@ def passage_vectors(embeddings: Embeddings, texts: Sequence[str]) -> Vectors:
     if isinstance(embeddings, ContractEmbeddings):
         return embeddings.passages(texts)
     return normalised(np.asarray(embeddings.embed_documents(list(texts)), dtype=np.float32))
-
-
-def question_vector(embeddings: Embeddings, text: str) -> Vectors:
-    """Return the normalised vector of a question (1 × dimension) from any embedder."""
-    return normalised(np.asarray([embeddings.embed_query(text)], dtype=np.float32))
 
 
 def normalised(vectors: Vectors) -> Vectors:

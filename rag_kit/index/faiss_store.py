@@ -3,12 +3,12 @@
 Knows searching, adding and removing; its form on the disk is told in `artefact`. Notebook 02 shows it.
 """
 
-# ruff: noqa: ARG002, ARG003  (LangChain's signatures have `**kwargs`, used or not)
+# ruff: noqa: ARG002  (LangChain's signatures have `**kwargs`, used or not)
 
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import Any, Self, overload
 from uuid import uuid4
 
 import numpy as np
@@ -16,20 +16,9 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
-from rag_kit.errors import StoreError
 from rag_kit.index.artefact import Contents, read_contents, read_facts, write_index
-from rag_kit.index.contract import (
-    Vectors,
-    contract_of,
-    normalised,
-    passage_vectors,
-    question_vector,
-    require_same,
-)
+from rag_kit.index.contract import Vectors, contract_of, normalised, passage_vectors, require_same
 from rag_kit.index.hit import Hit
-
-if TYPE_CHECKING:
-    from rag_kit.settings import Settings
 
 
 class FaissStore(VectorStore):
@@ -74,7 +63,7 @@ class FaissStore(VectorStore):
         if isinstance(search_type, str):
             return super().search(query, search_type, **kwargs)
         k = kwargs.get("k", search_type)
-        return self._hits(question_vector(self._embeddings, query), k) if len(self) else []
+        return self._hits(_row(self._embeddings.embed_query(query)), k) if len(self) else []
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
         """Return the `k` nearest chunks."""
@@ -90,14 +79,12 @@ class FaissStore(VectorStore):
         self, embedding: list[float], k: int = 4, **kwargs: Any
     ) -> list[Document]:
         """Return the `k` chunks nearest to a vector."""
-        return [hit.document for hit in self._hits(_row(embedding), k)] if len(self) else []
+        return [hit.document for hit in self._hits(_row(embedding), k)]
 
-    def max_marginal_relevance_search(
-        self, query: str, k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
-    ) -> list[Document]:
+    def max_marginal_relevance_search(self, query: str, *args: Any, **kwargs: Any) -> list[Document]:
         """Return `k` of the `fetch_k` nearest chunks that are near the question and unlike each other."""
         vector = self._embeddings.embed_query(query)
-        return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult)
+        return self.max_marginal_relevance_search_by_vector(vector, *args, **kwargs)
 
     def max_marginal_relevance_search_by_vector(
         self, embedding: list[float], k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
@@ -165,13 +152,11 @@ class FaissStore(VectorStore):
         texts: list[str],
         embedding: Embeddings,
         metadatas: list[dict[str, Any]] | None = None,
-        *,
-        ids: list[str] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Return a store in memory that holds these texts."""
         store = cls(embedding)
-        store.add_texts(texts, metadatas, ids=ids)
+        store.add_texts(texts, metadatas, **kwargs)
         return store
 
     def _put(self, documents: Sequence[Document], vectors: Vectors) -> None:
@@ -187,7 +172,7 @@ class FaissStore(VectorStore):
             keys = {id: key for key, id in enumerate(last, start=first)}
             index.add_with_ids(vectors[list(last.values())], np.fromiter(keys.values(), dtype=np.int64))
             added = {keys[id]: documents[place] for id, place in last.items()}
-            self._contents = Contents.of(index, {**contents.documents, **added})
+            self._contents = Contents(index, {**contents.documents, **added})
 
     # On the disk
 
@@ -207,22 +192,14 @@ class FaissStore(VectorStore):
         self.facts = write_index(folder, contents, facts)
 
     @classmethod
-    def open(
-        cls, folder: Path, embeddings: Embeddings | None = None, settings: "Settings | None" = None
-    ) -> Self:
+    def open(cls, folder: Path, embeddings: Embeddings) -> Self:
         """Return the store in `folder`, after sizes, headers, manifest and embedder are checked.
 
-        Without `embeddings` those named in the manifest are loaded. Raises StoreError: no index there,
-        a damaged one, or one that was built by another embedder. Hashes are checked by `verify`.
+        Raises StoreError: no index there, a damaged one, or one that was built by another embedder. Hashes
+        are checked by `verify`.
         """
         facts = read_facts(folder)
         contract = facts["embedding"]
-        if embeddings is None:
-            from rag_kit.index.embeddings import load_embeddings
-
-            if contract["reference"] is None:
-                raise StoreError("index_needs_embedder", path=folder, model=contract["model"])
-            embeddings = load_embeddings(contract["reference"], settings)
         require_same(contract, contract_of(embeddings), folder)
         store = cls(embeddings, facts=facts)
         store._contents = read_contents(folder, contract["dimension"])
@@ -257,4 +234,4 @@ def _without(contents: Contents, ids: Sequence[str]) -> Contents:
     index: Any = faiss.clone_index(contents.index)
     index.remove_ids(np.fromiter(gone, dtype=np.int64))
     documents = {key: document for key, document in contents.documents.items() if key not in gone}
-    return Contents.of(index, documents)
+    return Contents(index, documents)

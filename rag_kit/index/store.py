@@ -12,9 +12,10 @@ from langchain_core.embeddings import Embeddings
 
 from rag_kit.data.chunker import chunk_documents, conservative_count
 from rag_kit.errors import StoreError
-from rag_kit.index.artefact import read_facts, verify
+from rag_kit.index.artefact import read_facts as read_facts
+from rag_kit.index.artefact import verify as verify
 from rag_kit.index.contract import ContractEmbeddings
-from rag_kit.index.faiss_store import FaissStore
+from rag_kit.index.faiss_store import FaissStore as FaissStore
 from rag_kit.manifest import MANIFEST, fingerprint, settle
 
 if TYPE_CHECKING:
@@ -22,17 +23,6 @@ if TYPE_CHECKING:
 
 DEFAULT_NAME = "default"
 CHUNK_TOKENS = 256  # for an embedder that does not say
-
-__all__ = [
-    "FaissStore",
-    "build_index",
-    "ensure_index",
-    "find_index",
-    "list_indexes",
-    "open_store",
-    "read_facts",
-    "verify",
-]
 
 
 def build_index(
@@ -64,24 +54,17 @@ def build_index(
     return store
 
 
-def ensure_index(
-    documents: Sequence[Document],
-    folder: Path,
-    embeddings: Embeddings,
-    *,
-    max_tokens: int | None = None,
-    overlap: int = 0,
-) -> FaissStore:
+def ensure_index(documents: Sequence[Document], folder: Path, embeddings: Embeddings) -> FaissStore:
     """Open the index in `folder` if it is of these documents, chunks and embedder; else build it."""
-    _, limit = _measure(embeddings, max_tokens)
+    _, limit = _measure(embeddings, None)
     try:
         facts = read_facts(folder)
-        wanted = {"max_tokens": limit, "overlap": overlap}, document_hashes(documents)
+        wanted = {"max_tokens": limit, "overlap": 0}, document_hashes(documents)
         if (facts["chunker"], facts["documents"]) == wanted:
             return FaissStore.open(folder, embeddings)
     except StoreError:
         pass  # none there, damaged, or another embedder's: the new one takes its place
-    return build_index(documents, folder, embeddings, max_tokens=max_tokens, overlap=overlap)
+    return build_index(documents, folder, embeddings)
 
 
 def chunk_id(chunk: Document) -> str:

@@ -51,12 +51,6 @@ def engine_for(base: Base, device: Device) -> TransformersEngine:
         return engine
 
 
-def release_engines() -> None:
-    """Let the base in memory go; models that still use one keep it until they go."""
-    with _engines_lock:
-        _latest.clear()
-
-
 class LoRALanguageModel(BaseChatModel):
     """A local base model with its LoRA adapters, run by transformers and PEFT.
 

@@ -147,7 +147,8 @@ UNITS = {
         regex.V1,
     ),
     "url": regex.compile(
-        r"[\p{Ps}\p{Pi}\p{Sc}]*[^\s\x1c-\x1f\p{Han}\p{Hiragana}\p{Hangul}“”…—\u3000-\uffef]*https://[!-~]+"
+        r"[\p{Ps}\p{Pi}\p{Sc}]*[^\s\x1c-\x1f\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}“”…—\u3000-\u303f\uff00-\uffef]*"
+        r"https://[!-~]+"
     ),
     "grapheme": regex.compile(r"\X"),
 }
