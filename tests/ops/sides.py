@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from rag_kit.ops.bench import Plan
-from rag_kit.ops.measure import Samples, Side
+from rag_kit.ops.measure import Side
 
 HERE = "tests.ops.sides"
 SECONDS = {"ours": [9.0, 1.0, 2.0, 6.0], "other": [8.0, 2.0, 8.0, 6.0]}  # the first is the cold answer
@@ -19,10 +19,10 @@ def plan(settings, quick, repeats, threads):
     sides.append(Side("broken", f"{HERE}:raises", {}))
     requests = [{"turn": turn} for turn in range(4)]
     ratios = {
-        "speed": (Samples("ours", "answer_s"), Samples("other", "answer_s")),
-        "share": (Samples("ours", "answer_s"), [1.0, 3.0]),
-        "lost": (Samples("broken", "answer_s"), Samples("other", "answer_s")),
-        "unmeasured": (Samples("nobody", "answer_s"), [1.0]),
+        "speed": (("ours", "answer_s", "warm"), ("other", "answer_s", "warm")),
+        "share": (("ours", "answer_s", "warm"), [1.0, 3.0]),
+        "lost": (("broken", "answer_s", "warm"), ("other", "answer_s", "warm")),
+        "unmeasured": (("nobody", "answer_s", "warm"), [1.0]),
         "later": "尚未测量",
     }
     return Plan("玩具 about", sides, requests, 1 if quick else 2, ratios, ["a note"])

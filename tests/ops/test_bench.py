@@ -12,7 +12,7 @@ from rag_kit.faces.cli import main
 from rag_kit.ops import bench as room
 from rag_kit.ops import bench_engines
 from rag_kit.ops.bench import BenchResult, bench
-from rag_kit.ops.measure import Samples, Side, SideFailed, Worker, p95, ratio, take_turns
+from rag_kit.ops.measure import Side, SideFailed, Worker, p95, ratio, samples, take_turns
 from rag_kit.settings import Settings
 from tests.ops import sides
 from tests.servers import closed_port, ollama, scripted
@@ -133,7 +133,7 @@ def test_a_side_that_dies_or_hangs_is_a_reason_and_leaves_no_process(monkeypatch
     assert hung["error"] == "exit status -9: -"
     assert psutil.Process().children() == before
     with pytest.raises(SideFailed, match="GGML_ASSERT"):
-        Samples("dies", "answer_s").of(rows)
+        samples(rows, "dies", "answer_s", "warm")
 
 
 def test_memory_is_that_of_a_process_and_its_children() -> None:
@@ -170,11 +170,11 @@ def test_with_the_stand_in_the_same_base_is_compared(tmp_path: Path) -> None:
         plan = bench_engines.plan(settings, False, 2, 1)
     assert [side.name for side in plan.sides] == ["ollama:stand-in", "base", "retrieval"]
     assert plan.ratios["base_decode_vs_transformers"] == (
-        Samples("ollama:stand-in", "token_s", "warm"),
-        Samples("base", "token_s", "warm"),
+        ("ollama:stand-in", "token_s", "warm"),
+        ("base", "token_s", "warm"),
     )
     ours, floor = plan.ratios["roofline_share"]
-    assert ours == Samples("ollama:stand-in", "token_s") and isinstance(floor, list)
+    assert ours == ("ollama:stand-in", "token_s", "warm") and isinstance(floor, list)
     assert f"at most {1 / statistics.median(floor):.0f} tokens/s" in plan.about
     assert plan.ratios["decode_vs_peft"] == "llama.cpp does not serve adapters yet"
     assert set(bench_engines.LATER) | {"roofline_share"} <= plan.ratios.keys()

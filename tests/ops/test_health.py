@@ -221,8 +221,8 @@ def test_device(tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
-    missing = found(look(tmp_path, base_model_name="./模型"), "base")
-    assert missing.level == "error" and missing.finding.startswith("The base model ./模型 is not there")
+    missing = found(look(tmp_path, base_model_name="./模型{x}"), "base")
+    assert missing.level == "error" and missing.finding.startswith("The base model ./模型{x} is not there")
     assert "config.json" in missing.remedy
     (tmp_path / "空").mkdir()
     assert "no config.json" in found(look(tmp_path, base_model_name="./空"), "base").finding
