@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from rag_kit.compare.comparison import Comparison
     from rag_kit.data.loaders import load_documents, sample_handbook
     from rag_kit.data.questions import load_questions
+    from rag_kit.faces.dashboard import dashboard
     from rag_kit.index.embeddings import load_embeddings
     from rag_kit.index.store import build_index, open_store
     from rag_kit.models.lora import LoRALanguageModel
     from rag_kit.models.options import GenerationOptions
     from rag_kit.models.reference import load_model
+    from rag_kit.ops.health import health
     from rag_kit.rag import LoRARAGHandler, RAGHandler
     from rag_kit.settings import Settings, start
 
@@ -34,6 +36,8 @@ _HOME = {
     "RAGHandler": "rag",
     "Settings": "settings",
     "build_index": "index.store",
+    "dashboard": "faces.dashboard",
+    "health": "ops.health",
     "load_documents": "data.loaders",
     "load_embeddings": "index.embeddings",
     "load_model": "models.reference",
@@ -52,6 +56,8 @@ __all__ = [
     "RAGHandler",
     "Settings",
     "build_index",
+    "dashboard",
+    "health",
     "load_documents",
     "load_embeddings",
     "load_model",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rag_kit.errors import RagKitError, message
-from rag_kit.faces import commands
+from rag_kit.faces import commands, ops_commands, run_commands
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -54,9 +54,23 @@ def build_parser() -> argparse.ArgumentParser:
         return made  # type: ignore[no-any-return]
 
     command("setup", commands.setup, "prepare the embedded models (once)")
-    run = command("run", commands.run, "the main job: execute notebooks 01-03 and print the table")
-    run.add_argument("notebooks", nargs="*", help="numbers or names, such as 03 (default: 01 02 03)")
+    run = command("run", run_commands.run, "the main job: execute notebooks 01-03 and print the table")
+    run.add_argument("notebooks", nargs="*", help="numbers, names or paths, or all (default: 01 02 03)")
     run.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument("--params", metavar="FILE", help="parameters, of the form in notebooks/params")
+    run.add_argument("--sweep", metavar="FILE", help="go through every combination of the file's sweep")
+    run.add_argument("--jobs", type=int, default=1, help="so many runs of one notebook side by side")
+    run.add_argument("--limit-s", type=float, default=3600, help="kill a notebook after so many seconds")
+    run.add_argument("--run", dest="run_name", help="folder below runs/; named again, it resumes")
+    runs = subparsers.add_parser("runs", help="list, show and diff what lies below runs/")
+    runs.set_defaults(handler=None)
+    actions = runs.add_subparsers(metavar="ACTION", required=True)
+    command("list", run_commands.runs_list, "notebook runs and comparisons", actions)
+    show = command("show", run_commands.runs_show, "parameters, metrics and failures of a run", actions)
+    show.add_argument("run", help="ID, or ID/FOLDER for one of its notebooks")
+    diff = command("diff", run_commands.runs_diff, "two runs' parameters and metrics side by side", actions)
+    diff.add_argument("a")
+    diff.add_argument("b")
     test = command("test", commands.test, "the tests, then the notebooks against their committed outputs")
     test.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
     refresh = command(
@@ -64,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     refresh.add_argument("notebooks", nargs="*", help="numbers or names (default: all)")
     command("config", commands.config, "every setting, its value and where it came from")
+    health = command("health", ops_commands.health, "what is in order, what is not, and what to do about it")
+    health.add_argument("--json", action="store_true", help="the guide's /health, with every check")
+    bench = command("bench", ops_commands.bench, "how fast it is here, side by side; the last line is JSON")
+    bench.add_argument("name", help="engines")
+    bench.add_argument("--quick", action="store_true", help="fewer repeats and smaller inputs")
+    bench.add_argument("--repeats", type=int, help="warm repeats (default: 7, with --quick 3)")
+    bench.add_argument("--order", choices=("ours-first", "other-first"), default="ours-first")
 
     index = subparsers.add_parser("index", help="build, list, verify and search indexes")
     index.set_defaults(handler=None)

@@ -46,7 +46,9 @@ def test(arguments: Namespace) -> int:
     pytest = [sys.executable, "-m", "pytest"]
     workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile"]  # some 2 GB each
     chosen = arguments.arguments or workers
-    status = subprocess.call([*pytest, *chosen], cwd=settings.root, env={"OMP_NUM_THREADS": "1", **environment})
+    status = subprocess.call(
+        [*pytest, *chosen], cwd=settings.root, env={"OMP_NUM_THREADS": "1", **environment}
+    )
     if status or arguments.arguments:
         return status
     with own_places() as places:

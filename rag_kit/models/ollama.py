@@ -21,7 +21,7 @@ from rag_kit.models.memory import load
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import text_of
 from rag_kit.models.textstream import ThinkSplitter
-from rag_kit.ollama import CONNECT_S, client, explaining
+from rag_kit.ollama import CONNECT_S, SEVERABLE, client, explaining
 
 if TYPE_CHECKING:
     pass
@@ -61,6 +61,7 @@ class OllamaLanguageModel(ChatOllama):
             "timeout": timeout,
             **(values.get("client_kwargs") or {}),
         }
+        values["sync_client_kwargs"] = {**SEVERABLE, **(values.get("sync_client_kwargs") or {})}
         return values
 
     @cached_property

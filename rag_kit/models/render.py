@@ -10,7 +10,6 @@ with blank space that the template keeps, byte-pair merges do not reach across i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +18,9 @@ from langchain_core.messages import BaseMessage
 
 from rag_kit.errors import ModelError
 from rag_kit.manifest import fingerprint
+from rag_kit.models.marks import marks, pieces
 
 ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
-# Private-use marks stand for a content, with a wide blank at either side: where a template trims contents
-# (Llama 3, Gemma) the blank is gone, and then the content is trimmed too.
-_BLANK = "\u2003"
-_MARK = f"{_BLANK}\ue000{{}}\ue001{_BLANK}"
-_MARKED = re.compile(f"({_BLANK}?)\ue000(\\d+)\ue001({_BLANK}?)")
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,8 @@ def render(
     Raises ModelError where the base has no chat template or the template refuses the messages.
     """
     contents = [text_of(message) for message in messages]
-    marked = [
-        # a blank content stays itself, since templates ask whether there is any
-        {
-            "role": ROLES.get(message.type, message.type),
-            "content": _MARK.format(number) if contents[number].strip() else contents[number],
-        }
-        for number, message in enumerate(messages)
-    ]
+    roles = (ROLES.get(message.type, message.type) for message in messages)
+    marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks(contents), strict=True)]
     if not tokenizer.chat_template:
         raise ModelError("no_chat_template", base=tokenizer.name_or_path)
     try:
@@ -74,19 +63,10 @@ def render(
     ids: list[int] = []
     owner: list[int] = []
 
-    def add(encoded: list[int], of: int) -> None:
-        ids.extend(encoded)
-        owner.extend([of] * len(encoded))
-
-    at = 0
-    for mark in _MARKED.finditer(text):
-        add(_encode_template(tokenizer, text[at : mark.start()]), -1)
-        left, number, right = mark[1], int(mark[2]), mark[3]
-        content = contents[number]
-        content = content if left else content.lstrip()
-        add(encode_text(tokenizer, content if right else content.rstrip()), number)
-        at = mark.end()
-    add(_encode_template(tokenizer, text[at:]), -1)
+    for piece, of in pieces(text, contents):
+        encoded = _encode_template(tokenizer, piece) if of < 0 else encode_text(tokenizer, piece)
+        ids += encoded
+        owner += [of] * len(encoded)
     return Rendered(tuple(ids), tuple(owner))
 
 

@@ -35,7 +35,20 @@ def project(tmp_path: Path) -> Path:
 def test_help_lists_every_command_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for command in ("setup", "run", "test", "config", "index", "adapters", "finetune", "ask", "compare"):
+    for command in (
+        "setup",
+        "run",
+        "test",
+        "config",
+        "index",
+        "adapters",
+        "finetune",
+        "ask",
+        "compare",
+        "health",
+        "bench",
+        "runs",
+    ):
         assert command in text
     heavy = "{'torch', 'transformers', 'pandas'} & {*sys.modules}"
     code = f"import sys, rag_kit.faces.cli as c; c.build_parser(); print({heavy})"

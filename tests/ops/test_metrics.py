@@ -1,8 +1,6 @@
 """Metrics: what may be recorded, how it is found in outputs and shown."""
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,9 @@ def displayed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_metric_is_typed_and_its_text_is_rounded(displayed: list[dict[str, Any]]) -> None:
-    metrics.record("higher", 召回=np.float64(2 / 3), n=np.int64(7), ok=np.bool_(True), none=None, nan=math.nan)
+    metrics.record(
+        "higher", 召回=np.float64(2 / 3), n=np.int64(7), ok=np.bool_(True), none=None, nan=math.nan
+    )
     metrics.record("time", seconds=12.3456789)
     assert displayed[0][metrics.MIME] == {
         "召回": {"kind": "higher", "value": 0.666667},
@@ -48,4 +48,13 @@ def test_what_is_no_number_is_refused(displayed: list[dict[str, Any]], value: An
 
 def test_a_table_shows_four_digits() -> None:
     values = [None, math.nan, 0.123456, 123456.7, 12.0, 3, True, "文"]
-    assert [metrics.shown(value) for value in values] == ["–", "–", "0.1235", "123457", "12", "3", "True", "文"]
+    assert [metrics.shown(value) for value in values] == [
+        "–",
+        "–",
+        "0.1235",
+        "123457",
+        "12",
+        "3",
+        "True",
+        "文",
+    ]

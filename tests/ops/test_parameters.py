@@ -74,7 +74,9 @@ plain = -3"""
         ("maybe", [1, None], [1.0, "1"]),
     ],
 )
-def test_a_value_of_another_type_is_refused(tmp_path: Path, name: str, good: list[Any], bad: list[Any]) -> None:
+def test_a_value_of_another_type_is_refused(
+    tmp_path: Path, name: str, good: list[Any], bad: list[Any]
+) -> None:
     source = (
         "limit: int = 8\nrate: float = 0.1\nname: str = ''\nflag: bool = False\n"
         "words: str | None = None\nsizes: list[int] = []\nmaybe: int | None = None"
@@ -109,12 +111,26 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, name: str, good: lis
 def test_what_is_typed_in_a_shell_is_read_as_the_parameter_needs_it(
     tmp_path: Path, name: str, text: str, value: Any
 ) -> None:
-    source = "limit: int = 8\nrate: float = 0.1\nname: str = ''\nflag: bool = False\nwords: str | None = None\nsizes: list[int] = []"
-    found = declare(tmp_path, source, "limit, rate, name, flag, words, sizes")[name].check(Written(text), "-p")
+    source = (
+        "limit: int = 8\nrate: float = 0.1\nname: str = ''\nflag: bool = False\n"
+        "words: str | None = None\nsizes: list[int] = []"
+    )
+    found = declare(tmp_path, source, "limit, rate, name, flag, words, sizes")[name].check(
+        Written(text), "-p"
+    )
     assert (found, type(found)) == (value, type(value))
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text(), st.none(), st.lists(st.integers())))
+@given(
+    st.one_of(
+        st.integers(),
+        st.floats(allow_nan=False),
+        st.booleans(),
+        st.text(),
+        st.none(),
+        st.lists(st.integers()),
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_a_checked_value_is_the_value_and_of_the_declared_type(value: Any) -> None:
     for declared in (int, float, bool, str, list[int], str | None):
@@ -154,7 +170,9 @@ def test_a_shell_gives_any_text_as_it_stands_and_any_number(text: str, other: An
 def test_a_cell_that_declares_anything_else_is_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError) as error:
         declare(tmp_path, f"fine: int = 1\n{line}", "fine")
-    assert told(error).startswith(f"Line 2 of the parameters cell of 09_问 declares no parameter: `{line.strip()}`.")
+    assert told(error).startswith(
+        f"Line 2 of the parameters cell of 09_问 declares no parameter: `{line.strip()}`."
+    )
     assert "第 2 行" in told(error, "zh")
 
 
@@ -165,11 +183,10 @@ def test_a_cell_that_declares_anything_else_is_refused(tmp_path: Path, line: str
         (["x = 1", "f'{limit}'"], True),
         (["%time print(limit)"], True),
         (["!echo hello"], False),
-        (["limit += 1"], True),
         (["limit = limit or 3"], True),
         (["if not limit:\n    limit = 3"], True),
         (["print('limit')  # limit"], False),
-        (["limit = 3", "print(limit)"], False),
+        (["limit = 3"], False),
         (["def f(): return limit"], True),
         (["limits = 3\nprint(limits.limit)"], False),
         ([], False),
@@ -214,7 +231,9 @@ def written(folder: Path, text: str, name: str = "夜间.yaml") -> Path:
 
 
 def test_a_file_is_found_by_name_or_path_and_names_its_lines(tmp_path: Path) -> None:
-    path = written(tmp_path, "notebook: 03_x\nparameters:\n  top_k: 3\n  名字: 张三\nsweep:\n  seed: [0, 1]\n")
+    path = written(
+        tmp_path, "notebook: 03_x\nparameters:\n  top_k: 3\n  名字: 张三\nsweep:\n  seed: [0, 1]\n"
+    )
     project = Settings.load(tmp_path)
     for name in ("夜间", "notebooks/params/夜间.yaml", path, str(path)):
         found = read_file(project, name)
@@ -223,7 +242,11 @@ def test_a_file_is_found_by_name_or_path_and_names_its_lines(tmp_path: Path) -> 
             {"top_k": 3, "名字": "张三"},
             {"seed": [0, 1]},
         )
-    assert [found.where(name) for name in ("top_k", "名字", "seed")] == ["夜间.yaml:3", "夜间.yaml:4", "夜间.yaml:6"]
+    assert [found.where(name) for name in ("top_k", "名字", "seed")] == [
+        "夜间.yaml:3",
+        "夜间.yaml:4",
+        "夜间.yaml:6",
+    ]
     with pytest.raises(DataError) as error:
         read_file(project, "日间")
     assert told(error).startswith("There is no parameter file 日间 (in notebooks/params: 夜间).")
@@ -234,6 +257,7 @@ def test_a_file_is_found_by_name_or_path_and_names_its_lines(tmp_path: Path) -> 
     [
         ("notebook: 03\nsweep:\n  top_k: 3\n", 1, "notebook: Input should be a valid string"),
         ("notebook: x\nsweep:\n  top_k: 3\n", 3, "sweep.top_k: Input should be a valid list"),
+        ("notebook: x\nsweep:\n  a: []\n", 3, "sweep.a: List should have at least 1 item"),
         ("notebook: x\nparameter:\n  top_k: 3\n", 2, "parameter: Extra inputs are not permitted"),
         ("notebook: x\nparameters: [1]\n", 2, "parameters: Input should be a valid dictionary"),
         ("parameters: {}\n", 1, "notebook: Field required"),
@@ -261,9 +285,15 @@ def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
         read_file(Settings.load(tmp_path), path)
 
 
-@given(st.dictionaries(st.text(min_size=1), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(min_size=1), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=4
+    )
+)
 @settings(max_examples=40, deadline=None)
-def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+def test_what_is_written_is_read_again(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "again"
     text = yaml.safe_dump({"notebook": "x", "parameters": values}, allow_unicode=True)
     found = read_file(Settings.load(folder), written(folder, text))
@@ -271,7 +301,9 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
     assert all(found.where(name).startswith("夜间.yaml:") for name in values)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "params").glob("*")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks" / "params").glob("*")), ids=lambda path: path.name
+)
 def test_every_file_of_the_project_fits_its_notebook(path: Path) -> None:
     project = Settings.load(ROOT)
     found = read_file(project, path)

@@ -70,10 +70,16 @@ def test_a_sweep_goes_through_every_value_and_keeps_typed_metrics(study) -> None
         assert (run.status, run.parameters) == ("ok", {"top_k": top_k, "words": "你好"})
         assert run.metrics["recall"] == {"kind": "higher", "value": round(top_k / 3, 6)}
         assert run.metrics["none"]["value"] is None
-        assert {name: run.metrics[name]["value"] for name in ("words", "at_home")} == {"words": 2, "at_home": True}
+        assert {name: run.metrics[name]["value"] for name in ("words", "at_home")} == {
+            "words": 2,
+            "at_home": True,
+        }
         copy = nbformat.read(run.folder / "09_ok.ipynb", as_version=4)
         assert f"你好 {run.folder / 'rows'}" in copy.cells[-1].outputs[-1].text
-        assert copy.cells[-1].outputs[0].data["text/plain"] == f"recall: {1 if top_k == 3 else '0.3333'}\nnone: –"
+        assert (
+            copy.cells[-1].outputs[0].data["text/plain"]
+            == f"recall: {1 if top_k == 3 else '0.3333'}\nnone: –"
+        )
         manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["files"].keys() == {"09_ok.ipynb", "job.json", "log.txt"}
         assert {"code", "package", "seconds", "finished", "status", "parameters", "metrics"} < manifest.keys()
@@ -131,10 +137,15 @@ def test_a_run_named_again_keeps_what_ended_well_unless_the_notebook_changed(stu
 @pytest.mark.parametrize(
     ("how", "wrong"),
     [
-        ({"parameters": {"topk": 3}}, "-p topk: no notebook here has a parameter called topk (nearest: top_k;"),
+        (
+            {"parameters": {"topk": 3}},
+            "-p topk: no notebook here has a parameter called topk (nearest: top_k;",
+        ),
         ({"parameters": {"top_k": "3"}}, "-p top_k: '3' does not fit top_k, declared as `top_k: int = 5`"),
-        ({"sweep": "夜间", "parameters": {"top_k": 3}}, "夜间.yaml:5: the sweep over top_k has no values, or"),
-        ({"notebooks": "09_exit", "params": "夜间"}, "The parameter file is for 09_ok, which is not to be run here"),
+        (
+            {"notebooks": "09_exit", "params": "夜间"},
+            "The parameter file is for 09_ok, which is not to be run here",
+        ),
         ({"notebooks": "07"}, "There is no notebook 07 (there are: 09_died, 09_exit,"),
         ({"run": "../x"}, "A run cannot be called ../x."),
         ({"run": ".."}, "A run cannot be called ... Begin"),
@@ -150,10 +161,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_executed(study, how: di
     assert sorted(project.root.rglob("*")) == before
 
 
+def test_a_declared_parameter_that_nothing_reads_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = a_project(tmp_path)
+    notebook(tmp_path / "notebooks" / "09_x.ipynb", "x = 1\nlimit: int = 3", "x")
+    with pytest.raises(DataError):
+        run_notebooks("09_x", {"limit": 3}, settings=project)
+    assert "09_x: limit is declared, but no later cell reads it" in caplog.text
+
+
 def test_the_main_job_is_the_first_three(tmp_path: Path) -> None:
     project = a_project(tmp_path)
     for name in ("01_a", "02_b", "03_c", "05_dashboard", "06_regression"):
-        notebook(tmp_path / "notebooks" / f"{name}.ipynb", "x: int = 'wrong'" if name != "03_c" else "x = 1", "x")
+        notebook(
+            tmp_path / "notebooks" / f"{name}.ipynb", "x: int = 'wrong'" if name != "03_c" else "x = 1", "x"
+        )
     with pytest.raises(DataError) as error:
         run_notebooks(settings=project)
     assert "01_a" in told(error)

@@ -35,7 +35,3 @@ class WellEnough:
 
     def _repr_html_(self):
         return "".join(f"<p>{escape(c.finding)} {escape(c.remedy)}</p>" for c in self.checks)
-
-
-def check(settings):
-    return WellEnough()

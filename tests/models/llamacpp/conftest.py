@@ -73,9 +73,10 @@ def other(q8: Path) -> Iterator[EngineProcess]:
 
 
 @pytest.fixture(scope="session")
-def client(engine: EngineProcess) -> ollama.Client:
+def client(engine: EngineProcess) -> Iterator[ollama.Client]:
     """Ollama's own client: an outside description of the wire."""
-    return ollama.Client(host=engine.url, headers=engine.headers, trust_env=False, timeout=60)
+    with ollama.Client(host=engine.url, headers=engine.headers, trust_env=False, timeout=60) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

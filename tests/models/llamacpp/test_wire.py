@@ -8,7 +8,8 @@ import httpx
 import ollama
 import pytest
 
-from rag_kit.models.llamacpp.server import application, guarded
+from rag_kit.models.llamacpp.routes import application
+from rag_kit.models.llamacpp.server import guarded
 from tests.models.llamacpp.conftest import GREEDY
 
 ASK = [{"role": "user", "content": "Say hello in one short sentence."}]
@@ -89,6 +90,7 @@ def test_options_have_an_effect(client):
     assert " two" in plain.response
     stopped = ask(stop=[" two"])
     assert stopped.done_reason == "stop" and " two" not in stopped.response
+    assert ask(seed=None, num_ctx=None).response == plain.response  # as langchain-ollama's embeddings say
     assert ask(repeat_penalty=1.9).response != plain.response
     narrow = ask(num_ctx=12)
     assert narrow.done_reason == "length" and narrow.eval_count == 12 - narrow.prompt_eval_count
@@ -105,8 +107,8 @@ def test_an_answer_in_a_form_is_json(client):
 
 
 def test_what_does_not_fit_is_refused_and_never_cut(http):
-    status, text = refused(http, "/api/generate", prompt="一" * 1500, raw=True)
-    assert status == 400 and "2048" in text and "never" in text + "never cut"
+    status, text = refused(http, "/api/generate", prompt="一" * 3000, raw=True)
+    assert status == 400 and "3000" in text and "2048" in text
     status, text = refused(http, "/api/chat", messages=ASK, options={"num_ctx": 20})
     assert status == 400 and "holds 20" in text
     status, text = refused(http, "/api/chat", messages=ASK, options={"num_ctx": 4096})
@@ -125,7 +127,8 @@ def test_ollamas_words_for_what_it_refuses(client, http):
     assert refused(http, "/api/chat", messages=ASK, think=False, stream=False, tools=[{}])[0] == 400
     assert "images" in refused(http, "/api/generate", prompt="x", images=["aGk="])[1]
     assert refused(http, "/api/chat", messages="x")[0] == 400
-    assert refused(http, "/api/generate", prompt="x", format={"type": "nonsense"})[0] == 400
+    assert refused(http, "/api/chat", messages=[{"role": "<|im_end|>", "content": "x"}])[0] == 400
+    assert refused(http, "/api/chat", messages=ASK, options="x")[0] == 400
     assert refused(http, "/api/chat", model=None)[0] == 400
     assert http.post("/api/chat", content=b"{no").status_code == 400
     assert http.post("/api/pull", json={}).json() == {"error": "Not Found"}
@@ -184,6 +187,7 @@ def test_requests_at_the_same_time_wait_their_turn(client):
 def test_an_error_amid_a_stream_is_a_line():
     """Only a fault can bring it about: an engine that breaks after its first word, behind the real routes."""
     import contextlib
+    import socket
 
     import uvicorn
 
@@ -201,21 +205,19 @@ def test_an_error_amid_a_stream_is_a_line():
             yield {"text": "好"}
             raise RuntimeError("the memory is gone")
 
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         app = guarded(application(Broken(), "x"), "key", port)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        broken = ollama.Client(f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer key"})
-        parts = broken.chat("x", ASK, stream=True)
-        assert next(parts).message.content == "好"
-        with pytest.raises(ollama.ResponseError, match="the memory is gone"):
-            next(parts)
-        with pytest.raises(ollama.ResponseError) as caught:
-            broken.chat("x", ASK)
-        assert caught.value.status_code == 500
+        with ollama.Client(f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer key"}) as broken:
+            parts = broken.chat("x", ASK, stream=True)
+            assert next(parts).message.content == "好"
+            with pytest.raises(ollama.ResponseError, match="the memory is gone"):
+                next(parts)
+            with pytest.raises(ollama.ResponseError) as caught:
+                broken.chat("x", ASK)
+            assert caught.value.status_code == 500
         server.should_exit = True
         thread.join()

@@ -1,0 +1,240 @@
+"""llama.cpp itself, through xllamacpp: token ids in, tokens out, one request after the other.
+
+Knows llama.cpp's own port on loopback, behind a key of its own: only there can text be tokenised, and only
+there does a closed connection end a prompt that is still being read. Every prompt is computed anew
+(`cache_prompt` false), so that a greedy answer repeats to the bit. Knows nothing of Ollama's wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import httpx
+
+from rag_kit.errors import ModelError
+from rag_kit.models.llamacpp.gguf import Gguf
+from rag_kit.models.marks import marks, pieces
+
+BATCH = 512  # tokens of a prompt between two looks at whether it was called off
+USER_DEFINED = 4  # a kind of token in a GGUF
+Part = dict[str, Any]
+
+
+class Runner:
+    """One model of llama.cpp, loaded when it is first needed; `tokens` counts all that it generated."""
+
+    def __init__(self, gguf: Gguf, context: int | None = None) -> None:
+        self.gguf, self.context = gguf, gguf.context(context)
+        self.requests = self.tokens = 0
+        self._lock = asyncio.Lock()
+        self._loading: asyncio.Task[None] | None = None
+        self._server: Any = None
+        self._client: httpx.AsyncClient
+        self._begin: list[int] = []
+        tokens = (gguf.metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+        # llama.cpp recognises these in foreign text too (Qwen's `<tool_call>`)
+        named = [name for name, kind in zip(*tokens, strict=False)
+                 if kind == USER_DEFINED and re.fullmatch(r"<\S+>", name)]  # fmt: skip
+        self._named = re.compile("|".join(map(re.escape, named)) or "(?!)")
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._server is not None
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[int]:
+        """Wait until nobody else is served, with the model loaded; yields the nanoseconds of loading."""
+        async with self._lock:
+            start = time.perf_counter_ns()
+            self._loading = self._loading or asyncio.ensure_future(self._load())
+            try:
+                await asyncio.shield(self._loading)  # who leaves now leaves the loading to the next one
+            except Exception:
+                self._loading = None
+                raise
+            yield time.perf_counter_ns() - start
+
+    async def load(self) -> None:
+        """Have the model in memory."""
+        async with self.turn():
+            pass
+
+    async def unload(self) -> None:
+        """Free the model's memory, once nobody is served."""
+        async with self._lock:
+            loading, self._loading = self._loading, None
+            if loading is not None:
+                await asyncio.shield(self._unload(loading))
+
+    async def _load(self) -> None:
+        import xllamacpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        params, key = xllamacpp.CommonParams(), secrets.token_urlsafe(32)
+        params.model.path = str(self.gguf.path)
+        params.port, params.api_keys, params.ui = 0, [key], False  # on 127.0.0.1, and free
+        params.n_ctx, params.n_parallel, params.n_batch, params.n_ubatch = self.context, 1, BATCH, BATCH
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
+        params.cache_ram_mib = 0  # nothing is kept from one prompt to the next
+        params.ctx_shift = params.fit_params = params.warmup = False
+        params.verbosity = 2
+        # Vectors come from the same model and context: a second one in this process would halve both.
+        params.embedding = True
+        if self.gguf.sized("pooling_type") is None:  # the last token has seen the whole text
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
+        server = await asyncio.to_thread(xllamacpp.Server, params)
+        told: Part = {"headers": {"Authorization": f"Bearer {key}"}, "trust_env": False, "timeout": None}
+        self._client = httpx.AsyncClient(base_url=server.listening_address, **told)
+        # A server that is deleted before its loop runs hangs: have it do something first.
+        await self._post("/completion", prompt=[0], n_predict=1)
+        self._begin = (await self._post("/tokenize", content="", add_special=True))["tokens"][:1]
+        self._server = server
+
+    async def _unload(self, loading: asyncio.Task[None]) -> None:
+        await asyncio.wait([loading])
+        held, self._server = [self._server], None
+        await self._client.aclose()
+        await asyncio.to_thread(held.clear)  # which joins llama.cpp's threads
+
+    async def _post(self, route: str, **body: Any) -> Any:
+        reply = await self._client.post(route, json=body)
+        return reply.json() if reply.is_success else _refuse(reply.json())
+
+    async def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Return the ids of `text`; control tokens are recognised in it only if `special`."""
+        cuts = [] if special else [found.start() + 1 for found in self._named.finditer(text)]
+        ids: list[int] = []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            asked = {"content": text[start:end], "add_special": False, "parse_special": special}
+            ids += (await self._post("/tokenize", **asked))["tokens"] if start < end else []
+        return ids
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """Return `ids` with the token that begins every text of this model, once."""
+        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+
+    async def render(self, messages: Sequence[tuple[str, str]], name: str) -> list[int]:
+        """Return the ids of (role, content) pairs by the file's chat template, the contents encoded apart.
+
+        Raises ModelError where the file has no template, or it refuses the messages.
+        """
+        if self.gguf.template is None:
+            raise ModelError("engine_no_template", model=name, path=self.gguf.path)
+        contents = [content for _, content in messages]
+        marked = zip(messages, marks(contents), strict=True)
+        asked = {"messages": [{"role": role, "content": mark} for (role, _), mark in marked]}
+        try:
+            prompt = await self._post(
+                "/apply-template", **asked, chat_template_kwargs={"enable_thinking": False}
+            )
+        except ModelError as error:
+            raise ModelError("template_refused", base=name, reason=error.values["reason"]) from error
+        ids: list[int] = []
+        for text, of in pieces(prompt["prompt"], contents):
+            ids += await self.tokenize(text, special=of < 0)
+        return self.begun(ids)
+
+    async def generate(self, ids: list[int], sampling: Part) -> AsyncGenerator[Part]:
+        """Yield `text`, the number of `tokens` that it took and, of one, its `id`; at last the usage.
+
+        A token that ends amid a character is told together with the one that completes it. Whoever closes
+        the generator stops llama.cpp.
+        """
+        self.requests += 1
+        asked = {**sampling, "prompt": ids, "stream": True, "cache_prompt": False}
+        made = 0
+        async with self._client.stream("POST", "/completion", json=asked) as reply:
+            if not reply.is_success:
+                _refuse(json.loads(await reply.aread()))
+            async for line in reply.aiter_lines():
+                kind, _, data = line.partition(": ")
+                if not data:
+                    continue
+                part = json.loads(data)
+                if kind == "error" or "error" in part:
+                    _refuse(part)
+                new, made = part["tokens_predicted"] - made, part["tokens_predicted"]
+                self.tokens += new
+                if part["stop"]:
+                    timings = part["timings"]
+                    reason = "length" if part["stop_type"] == "limit" else "stop"
+                    yield _usage(reason, len(ids), timings["prompt_ms"], made, timings["predicted_ms"])
+                    return
+                yield {"text": part["content"], "tokens": new, "id": part["tokens"][0] if new == 1 else None}
+        _refuse({"message": "its answer has no end"})
+
+    async def steps(self, ids: list[int], sampling: Part, top: int) -> AsyncGenerator[Part]:
+        """Yield each token: `id`, `text`, and its `top` rivals' log-probabilities before sampling.
+
+        llama.cpp has no log-probabilities for a token that ends amid a character, so tokens are asked for
+        one by one, and there another one is forced, before which the same are told. The token that ends
+        the answer is told too; a stop string ends it uncut.
+        """
+        self.requests += 1
+        forced = {"logit_bias": [[(await self.tokenize("a", special=False))[0], 1000.0]]}
+        made: list[int] = []
+        text, reason, times = "", "length", [time.perf_counter()]
+        while len(made) < sampling["n_predict"] and reason == "length":
+            asked = {**sampling, "prompt": ids + made, "n_predict": 1, "n_probs": top, "return_tokens": True}
+            asked["seed"] += len(made) if asked["seed"] >= 0 else 0
+            # the first step computes the prompt, also when it is forced: with all but the last token at
+            # hand, that one alone would come out a little different
+            asked["cache_prompt"] = bool(made)
+            told = await self._post("/completion", **asked)
+            logs = told.get("completion_probabilities")
+            logs = logs or (await self._post("/completion", **asked | forced))["completion_probabilities"]
+            made += told["tokens"]
+            self.tokens += 1
+            before, ends = text, told["stop_type"] == "eos"
+            if not ends:
+                text = (await self._post("/detokenize", tokens=made))["content"].rstrip("\ufffd")
+            if ends or any(stop in text for stop in sampling["stop"]):
+                reason = "stop"
+            times.append(time.perf_counter())
+            pairs = [(one["id"], one["logprob"]) for one in logs[0]["top_logprobs"]]
+            yield {"text": text[len(before) :], "tokens": 1, "id": made[-1], "top": pairs}
+        spent = [(times[at] - times[0]) * 1e3 for at in (1, -1)]
+        yield _usage(reason, len(ids), spent[0], len(made), spent[1] - spent[0])
+
+    async def embed(self, ids: list[list[int]]) -> list[list[float]]:
+        """Return one vector of length 1 for each list of ids."""
+        self.requests += 1
+        found = await self._post("/embeddings", input=ids)
+        return [one["embedding"][0] for one in sorted(found, key=lambda one: one["index"])]
+
+    async def busy(self) -> bool:
+        """Whether llama.cpp itself is at work: the truth behind a request that was called off.
+
+        Asked more than once a second, it puts off the end of a prompt that is still being read.
+        """
+        return self.loaded and bool((await self._client.get("/slots")).json()[0]["is_processing"])
+
+
+def threads() -> int:
+    """Return the threads to compute with: OMP_NUM_THREADS, else the physical cores of this process."""
+    import psutil
+
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    return int(asked) if asked.isdecimal() and int(asked) else cores
+
+
+def _usage(reason: str, prompt: int, prompt_ms: float, tokens: int, ms: float) -> Part:
+    """Name what a generation came to as Ollama does, in nanoseconds."""
+    read = {"prompt_eval_count": prompt, "prompt_eval_duration": round(prompt_ms * 1e6)}
+    return {"done_reason": reason, **read, "eval_count": tokens, "eval_duration": round(ms * 1e6)}
+
+
+def _refuse(reply: Part) -> Any:
+    error = reply.get("error") or reply
+    raise ModelError("engine_refused", reason=error.get("message") or error)
