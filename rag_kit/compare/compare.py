@@ -166,7 +166,7 @@ def _identity(reference: str, settings: "Settings | None") -> tuple[str, str | N
     provider, _, name = reference.partition(":")
     if provider == "ollama":
         try:
-            server = find_ollama(settings)
+            server = find_ollama(settings, name)
             return reference, digests(server.url, server.headers).get(
                 name if ":" in name else f"{name}:latest"
             )

@@ -35,7 +35,7 @@ def load_model(reference: str, settings: Settings | None = None, **options: Any)
         from rag_kit.models.standin import find_ollama, resolve
 
         name = resolve(reference, settings).partition(":")[2]
-        server = find_ollama(settings)
+        server = find_ollama(settings, name)
         served = {"base_url": server.url, "client_kwargs": {"headers": server.headers}}
         return OllamaLanguageModel(model=name, **served, **(_defaults(settings) | options))
     if not name:

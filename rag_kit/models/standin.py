@@ -41,17 +41,19 @@ def ollama_state(settings: Settings) -> tuple[State, str]:
     return state, reason
 
 
-def find_ollama(settings: Settings) -> OllamaServer:
-    """Return the server for Ollama's models; starts the stand-in (half a second) where it is its turn.
+def find_ollama(settings: Settings, model: str = "") -> OllamaServer:
+    """Return the server for Ollama's `model`; starts the stand-in (half a second) where it is its turn.
 
-    `state` `absent` or `down` says that the models of `url` cannot answer now. Raises what keeps the
-    stand-in from starting.
+    The stand-in asked for by its name answers also where Ollama has come meanwhile, so that what began
+    with it ends with it. `state` `absent` or `down` says that the models of `url` cannot answer now.
+    Raises what keeps the stand-in from starting.
     """
     state, reason = ollama_state(settings)
-    if state != "stand-in":
+    by_name = model.removesuffix(":latest") == STAND_IN and settings.rag_kit_profile == "embedded"
+    if state != "stand-in" and not by_name:
         return OllamaServer(settings.ollama_base_url, {}, state, reason)
     engine = _stand_in(settings)
-    return OllamaServer(engine.url, engine.headers, state, reason)
+    return OllamaServer(engine.url, engine.headers, "stand-in", reason)
 
 
 def resolve(reference: str, settings: Settings) -> str:

@@ -11,7 +11,7 @@ from rag_kit.errors import DataError
 from rag_kit.models.options import GenerationOptions
 from rag_kit.settings import Settings
 from tests.compare.planted import Shelf
-from tests.servers import Wire, closed_port, ollama
+from tests.servers import Wire, closed_port, ollama, scripted
 
 SHORT = GenerationOptions(max_new_tokens=4)
 
@@ -115,3 +115,14 @@ def test_a_model_made_with_an_adapter_is_an_arm(tmp_path: Path, questions: list[
             "ollama:合同-lora",
         )
     assert found.rows.answer.tolist() == ["不知道", "48 个月"]
+
+
+def test_what_began_with_the_stand_in_ends_with_it(tmp_path: Path, questions: list[Question]) -> None:
+    with closed_port() as url:
+        first = run(questions[:1], settings_of(tmp_path, url), tmp_path / "one", "ollama:stand-in").rows
+    with ollama(scripted("the real one")) as wire:
+        settings = settings_of(tmp_path, wire.url)
+        again = run(questions[:1], settings, tmp_path / "two", "ollama:stand-in").rows
+        assert again.answer.tolist() == first.answer.tolist() and not wire.sent("/api/chat")
+        with pytest.raises(DataError, match="arms: ollama:stand-in"):
+            run(questions[:1], settings, tmp_path / "one", "ollama:tiny")
