@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rag_kit.errors import DataError
 
 MIME = "application/vnd.rag-kit.metrics+json"
+Kind = Literal["higher", "lower", "time", "fact"]
 
 
-def record(kind: Literal["higher", "lower", "time", "fact"], **values: Any) -> None:
+def record(kind: Kind, **values: Any) -> None:
     """Show named numbers in the cell's output, where the runner finds them: `record("higher", recall=0.8)`.
 
     `kind` says how to read them: `higher` or `lower` is better, `time` in seconds (less is better), `fact`
     (neither: a count, a yes or no). None and NaN are missing and stay so; a name recorded again takes the
     new value. Floats keep six digits, so that nbval can compare them; a cell that records times is tagged
-    `nbval-ignore-output`. Raises DataError for what is no number. Shown in notebook 06.
+    `nbval-ignore-output`. Raises DataError for another kind, and for what is no number. Shown in
+    notebook 06.
     """
     from IPython.display import display
 
+    if kind not in get_args(Kind):
+        raise DataError("metric_kind", kind=repr(kind), known=", ".join(get_args(Kind)))
     found = {name: {"kind": kind, "value": _number(name, value)} for name, value in values.items()}
     text = "\n".join(f"{name}: {shown(metric['value'])}" for name, metric in found.items())
     display({MIME: found, "text/plain": text}, raw=True)

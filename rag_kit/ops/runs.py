@@ -84,13 +84,16 @@ def find_runs(settings: Settings, name: str) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return one line for each run: how it ended, the parameters in which they differ, the metrics."""
+    """Return one line for each run: how it ended, the parameters in which they differ, the metrics.
+
+    Of a single run it has every parameter.
+    """
     import pandas as pd
 
     names = dict.fromkeys(name for run in runs for name in run.parameters)
     rows = [
         {"run": run.folder.name, "notebook": run.notebook, "status": run.status, "seconds": run.seconds}
-        | {name: run.parameters.get(name) for name in names if _differ(runs, name)}
+        | {name: run.parameters.get(name) for name in names if len(runs) == 1 or _differ(runs, name)}
         | {name: metric["value"] for name, metric in run.metrics.items()}
         for run in runs
     ]

@@ -49,7 +49,7 @@ def test_a_sweep_is_run_tabled_shown_and_compared(project: Path, capsys: pytest.
     assert lines[4][:2] == [f"{lines[3][0]}:", "cell"]
     assert main(["runs", "show", f"a/{lines[2][0]}"]) == 0
     lone = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["recall", "0.5"] in lone and ["status", "ok"] in lone
+    assert all(line in lone for line in (["recall", "0.5"], ["status", "ok"], ["name", "2024"]))
     assert main(["runs", "diff", f"a/{lines[2][0]}", f"a/{lines[3][0]}"]) == 0
     compared = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert compared[-2:] == [

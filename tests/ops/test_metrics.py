@@ -46,6 +46,13 @@ def test_what_is_no_number_is_refused(displayed: list[dict[str, Any]], value: An
     assert displayed == []
 
 
+@pytest.mark.parametrize("kind", ["better", 0.5, ""])
+def test_another_kind_is_refused(displayed: list[dict[str, Any]], kind: Any) -> None:
+    with pytest.raises(DataError) as error:
+        metrics.record(kind, recall=1)
+    assert f"cannot be {kind!r} (there are: higher, lower, time, fact)" in error.value.text("en")[0]
+
+
 def test_a_table_shows_four_digits() -> None:
     values = [None, math.nan, 0.123456, 123456.7, 12.0, 3, True, "文"]
     assert [metrics.shown(value) for value in values] == [

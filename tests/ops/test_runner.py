@@ -48,13 +48,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, dict[str,
     parameters = 'top_k: int = 5\nwords: str | None = None\nrun_folder: str = ""'
     notebook(folder / "09_ok.ipynb", parameters, OK, metrics=("recall", "none"))
     failing = notebook(folder / "09_raises.ipynb", "x = 1", "1 / 0", "raise ValueError('坏了', x)", "never")
-    made = nbformat.read(failing, as_version=4)
-    made.cells[1].metadata["tags"] = ["raises-exception"]
-    nbformat.write(made, failing)
+    plain = notebook(folder / "实验 v1.2.ipynb", "print('无参数')", "1 / 0", tagged=False)
+    for path in (failing, plain):
+        made = nbformat.read(path, as_version=4)
+        made.cells[1].metadata["tags"] = ["raises-exception"]
+        nbformat.write(made, path)
     notebook(folder / "09_exit.ipynb", "x = 1", "import sys\nsys.exit(0)", "x")
     notebook(folder / "09_died.ipynb", "import os\nos._exit(0)", "1", tagged=False)
     notebook(folder / "09_silent.ipynb", "x = 1", "x", metrics=("recall",))
-    notebook(folder / "实验 v1.2.ipynb", "print('无参数')", tagged=False)
     written(project.root, "notebook: 09_ok\nparameters:\n  words: 你好\nsweep:\n  top_k: [3, 1]\n")
     said: list[str] = []
     names = ["09_ok", "09_raises", "09_exit", "09_died", "09_silent", "实验 v1.2"]
@@ -107,7 +108,7 @@ def test_a_failed_run_says_why_and_keeps_its_copy(study, name: str, reason: str,
     assert chinese in run.reason
 
 
-def test_a_notebook_without_parameters_cell_runs(study) -> None:
+def test_a_notebook_without_parameters_cell_runs_and_may_raise_where_it_says_so(study) -> None:
     project, runs, _ = study
     assert runs["实验 v1.2"].status == "ok"
     with pytest.raises(DataError) as error:
