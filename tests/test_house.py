@@ -41,6 +41,9 @@ HEAVY = [
     "matplotlib",
     "langchain",
     "IPython",
+    "fastapi",
+    "uvicorn",
+    "xllamacpp",
 ]
 
 

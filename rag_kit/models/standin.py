@@ -42,7 +42,7 @@ def ollama_state(settings: Settings) -> tuple[State, str]:
 
 
 def find_ollama(settings: Settings, model: str = "") -> OllamaServer:
-    """Return the server for Ollama's `model`; starts the stand-in (half a second) where it is its turn.
+    """Return the server for Ollama's `model`; starts the stand-in (one to two seconds) where it is its turn.
 
     The stand-in asked for by its name answers also where Ollama has come meanwhile, so that what began
     with it ends with it. `state` `absent` or `down` says that the models of `url` cannot answer now.

@@ -210,7 +210,7 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    found = [int(pid) for path in folder.glob("*.pids") for pid in path.read_text().split()]
+    found = [int(pid) for path in folder.glob("*.pids") for pid in path.read_text("utf-8").split()]
     running = [psutil.Process(pid) for pid in found if psutil.pid_exists(pid)]
     return [process for process in running if process.status() != psutil.STATUS_ZOMBIE]
 

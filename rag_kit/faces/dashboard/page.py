@@ -230,7 +230,7 @@ class Dashboard:
         """Let the page be changed, or only stopped."""
         self._buttons["stop"].disabled = free
         chosen = (control for column in self._all for control in (column.model, column.retrieval))
-        for control in (self._buttons["ask"], self._count, *chosen):
+        for control in (*chosen, self._count, self._buttons["ask"]):
             control.disabled = not free
 
     def _keyed(self, _widget: object, content: dict[str, Any], _buffers: object) -> None:

@@ -37,6 +37,7 @@ class Runner:
         self.requests = self.tokens = 0
         self._lock = asyncio.Lock()
         self._loading: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._server: Any = None
         self._client: httpx.AsyncClient
         self._begin: list[int] = []
@@ -72,11 +73,15 @@ class Runner:
     async def unload(self) -> None:
         """Free the model's memory, once nobody is served."""
         async with self._lock:
-            loading, self._loading = self._loading, None
-            if loading is not None:
-                await asyncio.shield(self._unload(loading))
+            if self._loading is not None:
+                self._leaving = asyncio.ensure_future(self._unload(self._loading))
+                self._loading = None
+            if self._leaving is not None:
+                await asyncio.shield(self._leaving)
 
     async def _load(self) -> None:
+        if self._leaving is not None:  # whoever asked for it may have gone
+            await asyncio.wait([self._leaving])
         import xllamacpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         params, key = xllamacpp.CommonParams(), secrets.token_urlsafe(32)
@@ -101,9 +106,9 @@ class Runner:
 
     async def _unload(self, loading: asyncio.Task[None]) -> None:
         await asyncio.wait([loading])
-        held, self._server = [self._server], None
-        await self._client.aclose()
-        await asyncio.to_thread(held.clear)  # which joins llama.cpp's threads
+        if self._server is not None:
+            await self._client.aclose()
+            await asyncio.to_thread(setattr, self, "_server", None)  # which joins llama.cpp's threads
 
     async def _post(self, route: str, **body: Any) -> Any:
         reply = await self._client.post(route, json=body)

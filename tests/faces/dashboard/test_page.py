@@ -289,7 +289,7 @@ def test_two_pages_on_one_store(make, wire, settings, tmp_path):
 
 
 ENDING = """
-import sys
+import sys, time
 from rag_kit.faces.dashboard import dashboard
 from rag_kit.rag import LoRARAGHandler
 from rag_kit.settings import Settings
@@ -298,13 +298,13 @@ settings = Settings.load(ollama_base_url=sys.argv[1], ollama_model="tiny")
 page = dashboard(handler=LoRARAGHandler(settings, store=Shelf()), models=["ollama:tiny"])
 page.ask("How long?")
 while not page.columns[0].text:
-    pass
+    time.sleep(0.01)
 """
 
 
 def test_a_kernel_that_ends_in_the_midst_leaves_nothing_behind(wire, tmp_path):
     wire.gate = threading.Semaphore(1)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "PYTHONWARNDEFAULTENCODING": ""}
     command = [sys.executable, "-c", ENDING, wire.url]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, timeout=60, capture_output=True, check=False

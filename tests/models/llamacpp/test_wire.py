@@ -211,7 +211,9 @@ def test_an_error_amid_a_stream_is_a_line():
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        with ollama.Client(f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer key"}) as broken:
+        with ollama.Client(
+            f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer key"}, trust_env=False
+        ) as broken:
             parts = broken.chat("x", ASK, stream=True)
             assert next(parts).message.content == "好"
             with pytest.raises(ollama.ResponseError, match="the memory is gone"):
