@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rag_kit.index.hit import Hit
 
 OFF = GenerationOptions()
+IN_ONE_PIECE = 10_000  # tokens a second: faster than this the answer was not streamed, and shows no speed
 _CITED = re.compile(r"[\[【［〔]\s*(\d{1,3}(?:\s*[,，、;；]\s*\d{1,3})*)\s*[\]】］〕]")
 
 
@@ -50,6 +51,18 @@ class Answer:
 
     def __str__(self) -> str:
         return f"{self.text}\n\n{self.evidence()}".strip()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed of decoding: (output tokens - 1) / (total - first token seconds).
+
+        The first token's time is the prompt's. None where it is not known, or came in one piece.
+        """
+        times, tokens = self.timings or {}, (self.usage or {}).get("output_tokens") or 0
+        if tokens < 2 or not {"first_token_s", "total_s"} <= times.keys():
+            return None
+        seconds = times["total_s"] - times["first_token_s"]
+        return (tokens - 1) / seconds if seconds > (tokens - 1) / IN_ONE_PIECE else None
 
     def evidence(self) -> str:
         """Return the sources, the cited ones starred, then what answered and what was degraded."""

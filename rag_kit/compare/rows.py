@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 RECALL_AT = (1, 5)
-IN_ONE_PIECE = 10_000  # tokens a second: faster than this the answer was not streamed, and shows no speed
 SCORES = ("exact_match", "f1", "contains", *(f"recall_at_{k}" for k in RECALL_AT))
 TIMES = ("first_token_s", "total_s", "retrieval_s")  # less is better
 METRICS = (*SCORES, *TIMES, "tokens_per_s")
@@ -62,15 +61,10 @@ def answered_row(
 ) -> Row:
     """Return the row of one answer; a score without anything to score against is None.
 
-    `tokens_per_s` is the speed of decoding: (output tokens - 1) / (total - first token seconds), since
-    the first token's time is the prompt's. `recall_at_k` and `retrieval_s` are those of the frozen
-    retrieval; the other seconds do not hold it, nor `load_s`, the model's own way into memory.
+    `recall_at_k` and `retrieval_s` are those of the frozen retrieval; the other seconds do not hold it,
+    nor `load_s`, the model's own way into memory.
     """
     usage, times = result.usage or {}, result.timings or {}
-    tokens, first, total = usage.get("output_tokens"), times.get("first_token_s"), times.get("total_s")
-    speed = None
-    if tokens and tokens > 1 and first is not None and total is not None:
-        speed = (tokens - 1) / (total - first) if total - first > (tokens - 1) / IN_ONE_PIECE else None
     references, spans = (question.answers, question.spans) if question.answerable else ((), ())
     row = _asked(arm, question, passages) | {
         "model_label": result.model,
@@ -81,10 +75,10 @@ def answered_row(
         "contains": contains(result.text, references, question.language),
         "citations": list(result.citations),
         "input_tokens": usage.get("input_tokens"),
-        "output_tokens": tokens,
-        "first_token_s": first,
-        "total_s": total,
-        "tokens_per_s": speed,
+        "output_tokens": usage.get("output_tokens"),
+        "first_token_s": times.get("first_token_s"),
+        "total_s": times.get("total_s"),
+        "tokens_per_s": result.tokens_per_s,
         "finish_reason": result.finish_reason,
         "prompt_hash": result.prompt_hash,
         "degraded": list(result.degraded),

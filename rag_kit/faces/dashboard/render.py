@@ -88,15 +88,12 @@ def marked(passage: str, text: str) -> str:
 
 
 def timings(answer: Answer, lang: str) -> str:
-    """Return who answered, seconds to the first token and to the last, tokens a second, and of loading.
-
-    The speed is that of decoding, as in `rag_kit.compare.rows`: the first token's time is the prompt's.
-    """
-    seconds, tokens = answer.timings or {}, (answer.usage or {}).get("output_tokens", 0)
+    """Return who answered, seconds to the first token and to the last, tokens a second, and of loading."""
+    seconds = answer.timings or {}
     first, total, load = (seconds.get(f"{name}_s", 0.0) for name in ("first_token", "total", "load"))
     shown = {"first": f"{first:.1f} s", "total": f"{total:.1f} s"}
-    if tokens > 1 and total > first:
-        shown["speed"] = f"{(tokens - 1) / (total - first):.1f}"
+    if answer.tokens_per_s:
+        shown["speed"] = f"{answer.tokens_per_s:.1f}"
     if load >= 0.05:
         shown["load"] = f"{load:.1f} s"
     named = {escape(message(f"dashboard_time_{name}", lang)): value for name, value in shown.items()}
