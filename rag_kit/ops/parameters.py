@@ -177,9 +177,11 @@ def _declaration(statement: ast.stmt) -> tuple[str, Any, Any]:
 def _checked(type_: Any, value: Any) -> Any:
     """Return `value` as `type_`, ints as floats where those are wanted; ValueError where it is neither."""
     checked = TypeAdapter(type_).validate_python(value, strict=True)
+    same = checked == value or value != value  # an int may be none of the floats; nan is never itself
     with suppress(TypeError):
         json.dumps(checked)
-        return checked
+        if same:
+            return checked
     raise ValueError(value)
 
 
