@@ -23,7 +23,7 @@ from rag_kit.models.adapters import adapter_folders
 from rag_kit.models.base import SPEAKS
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.reference import is_local, load_model
-from rag_kit.models.standin import STAND_IN, resolve
+from rag_kit.models.standin import STAND_IN, answering, resolve
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -246,7 +246,7 @@ class RAGHandler:
             "cache_dir": None if cache_dir is None else str(cache_dir),
             "vector_store_path": str(raw("vector_store_path")),
             "embedding_model": self.settings.embedding_model,
-            "model": self.reference,
+            "model": answering(self.reference, self.settings),
         }
 
 

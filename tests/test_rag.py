@@ -284,7 +284,9 @@ def test_where_nothing_listens_the_stand_in_answers_and_says_so(tmp_path, load):
             assert told.model == "ollama:stand-in" and told.text
             assert told.degraded[0].startswith(note) and "SmolLM2-135M-Instruct" in told.degraded[0]
         assert told.degraded[1].startswith("模型 ollama:stand-in 只会说英语")
-        assert LoRARAGHandler(settings, store=Shelf()).switch_model(use_lora=False) == "ollama:stand-in"
+        switched = LoRARAGHandler(settings, store=Shelf())
+        assert switched.switch_model(use_lora=False) == "ollama:stand-in"
+        assert handler.model_info()["model"] == switched.model_info()["model"] == "ollama:stand-in"
 
 
 def test_a_model_that_was_asked_for_by_name_is_never_replaced(root, load):

@@ -102,9 +102,13 @@ def compare(
     models: dict[str, tuple[str, str | None]] = {arm.model: (arm.model, None) for arm in columns}
     if load is None:
         from rag_kit.models.reference import load_model
+        from rag_kit.models.standin import answering
+        from rag_kit.settings import get_settings
 
+        settings = settings or get_settings()
         load = partial(load_model, settings=settings)
-        columns = list(dict.fromkeys(replace(arm, model=_answering(arm.model, settings)) for arm in columns))
+        # the stand-in under its own name; why another cannot answer, its rows will say
+        columns = list(dict.fromkeys(replace(arm, model=answering(arm.model, settings)) for arm in columns))
         models = {arm.model: _identity(arm.model, settings) for arm in columns}
     plan = {
         "arms": [str(arm) for arm in columns],
@@ -143,26 +147,13 @@ def _check(arms: Sequence[Arm], questions: "Sequence[Question]", store: object, 
         raise DataError("compare_top_k", top_k=top_k)
 
 
-def _answering(reference: str, settings: "Settings | None") -> str:
-    """The reference that answers: the stand-in under its own name; one that cannot answer as it is."""
-    from rag_kit.models.standin import resolve
-    from rag_kit.settings import get_settings
-
-    try:
-        return resolve(reference, settings or get_settings())
-    except ServiceError:
-        return reference  # its rows will say why
-
-
-def _identity(reference: str, settings: "Settings | None") -> tuple[str, str | None]:
+def _identity(reference: str, settings: "Settings") -> tuple[str, str | None]:
     """A model's label, and what tells it from a later one of that name; None where that is not known."""
     from rag_kit.models.adapters import WEIGHTS, default_adapter, named_adapter
     from rag_kit.models.reference import is_local
     from rag_kit.models.standin import find_ollama
     from rag_kit.ollama import digests
-    from rag_kit.settings import get_settings
 
-    settings = settings or get_settings()
     provider, _, name = reference.partition(":")
     if provider == "ollama":
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 from langchain_core.messages import BaseMessage
@@ -22,9 +22,6 @@ from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import text_of
 from rag_kit.models.textstream import ThinkSplitter
 from rag_kit.ollama import CONNECT_S, SEVERABLE, client, explaining
-
-if TYPE_CHECKING:
-    pass
 
 READ_S = 300.0  # a cold model may need minutes to its first token
 LINES_BEYOND = 256

@@ -69,6 +69,14 @@ def resolve(reference: str, settings: Settings) -> str:
     return f"ollama:{STAND_IN}"
 
 
+def answering(reference: str, settings: Settings) -> str:
+    """Return what `resolve` does; a reference that cannot answer now stays as it is."""
+    try:
+        return resolve(reference, settings)
+    except ServiceError:
+        return reference
+
+
 def _stand_in(settings: Settings) -> Any:
     """Return the process's one stand-in, started at the first call."""
     from rag_kit.embedded import base_gguf
