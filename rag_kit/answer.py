@@ -136,6 +136,7 @@ def stream_answer(
         finish_reason=str(told.get("finish_reason") or told.get("done_reason") or ""),
         usage=usage,
         timings=timings,
+        degraded=tuple(told.get("degraded", ())),
         prompt_hash=told.get("prompt_hash") or fingerprint([[m.type, str(m.text)] for m in messages]),
     )
 

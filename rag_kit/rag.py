@@ -87,7 +87,9 @@ class RAGHandler:
         """Return the model behind `reference`, made once."""
         with self._lock:
             if reference not in self._models:
-                self._models[reference] = load_model(reference, self.settings)
+                # one person's next question often has the same passages
+                how = {"cache": True} if is_local(reference) else {}
+                self._models[reference] = load_model(reference, self.settings, **how)
             return self._models[reference]
 
     def preload(self) -> None:

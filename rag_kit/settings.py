@@ -77,6 +77,8 @@ class Settings(BaseSettings):
         str, BeforeValidator(_address), Field(pattern=r"^https?://[^\s/]+", examples=["http://HOST:PORT"])
     ] = "http://localhost:11434"
     ollama_model: str = "qwen3:4b"
+    engine: Annotated[Literal["auto", "llama.cpp", "transformers"], Lower] = "auto"
+    lora_pinned: str | None = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Lower] = "auto"
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(0.7, ge=0, le=5)

@@ -38,6 +38,8 @@ class Wire:
     thinking: str | None = None  # a thinking model's reasoning
     context_length: int | None = 2048
     mode: str = ""
+    shown: dict[str, Any] = field(default_factory=dict)  # what `/api/show` says besides, or instead
+    counted: int | None = None  # the tokens of a prompt, where they are not its words
     gate: threading.Semaphore | None = None  # every piece waits for a permit
     tokens: int = 0  # pieces sent, of all replies
     hung_up: int = 0  # replies that the client did not wait for
@@ -216,14 +218,15 @@ class _Ollama(_Handler):
                 shown["modelfile"] = "FROM llama\nADAPTER ./lora.gguf\n"
             if self.wire.context_length:
                 shown["model_info"] = {"llama.context_length": self.wire.context_length}
-            self.send(200, shown if self.wire.mode == "old" else shown | {"capabilities": capabilities})
+            shown |= {} if self.wire.mode == "old" else {"capabilities": capabilities}
+            self.send(200, shown | self.wire.shown)
         elif self.path == "/api/generate" and not body.get("prompt"):  # loads, or unloads
             full = name if ":" in name else f"{name}:latest"
             loading = body.get("keep_alive") != 0
             self.wire.loaded = [m for m in self.wire.loaded if m != full] + [full] * loading
             told = {"model": name, "created_at": datetime.now(UTC).isoformat(), "response": "", "done": True}
             self.send(200, told | {"done_reason": "load" if loading else "unload"})
-        elif self.path != "/api/chat":
+        elif self.path not in ("/api/chat", "/api/generate"):
             self.send(404, "404 page not found", "text/plain")
         elif body.get("think") and self.wire.thinking is None:
             self.send(400, {"error": f'"{name}" does not support thinking'})
@@ -239,17 +242,21 @@ class _Ollama(_Handler):
 
     def lines(self, body: dict[str, Any]) -> Iterator[str]:
         wire, start, count = self.wire, time.monotonic_ns(), 0
+        messages = body.get("messages") or [{"role": "user", "content": body["prompt"]}]
 
         def line(text: str = "", **more: Any) -> str:
             value = {"model": body["model"], "created_at": datetime.now(UTC).isoformat()}
-            spoken = {"role": "assistant", "content": text} | more.pop("said", {})
+            said = more.pop("said", {})
+            if "prompt" in body:
+                return json.dumps({**value, "response": text, **said, "done": False, **more}) + "\n"
+            spoken = {"role": "assistant", "content": text} | said
             return json.dumps({**value, "message": spoken, "done": False, **more}) + "\n"
 
         if wire.thinking is not None and body.get("think") is not False:
             for piece in wire.thinking:
                 yield line(said={"thinking": piece})
         assert wire.reply is not None
-        for count, piece in enumerate(wire.reply(body["messages"], body), 1):
+        for count, piece in enumerate(wire.reply(messages, body), 1):
             while wire.gate and not wire.gate.acquire(timeout=0.02):
                 self.look()
             self.look()
@@ -271,7 +278,7 @@ class _Ollama(_Handler):
             yield line(done=True, done_reason="stop")
             return
         spent = time.monotonic_ns() - start
-        prompt = sum(len(message["content"].split()) for message in body["messages"]) + 1
+        prompt = wire.counted or sum(len(message["content"].split()) for message in messages) + 1
         yield line(
             done=True, done_reason="stop", total_duration=spent, load_duration=1, prompt_eval_count=prompt,
             prompt_eval_duration=1, eval_count=max(count, 1), eval_duration=max(spent, 1),

@@ -13,10 +13,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 
 from rag_kit.compare.comparison import Comparison
+from rag_kit.compare.factors import Subject, subjects
 from rag_kit.compare.rows import RECALL_AT, answered_row, failed_row
 from rag_kit.compare.run import FrozenContext, Run, freeze
-from rag_kit.errors import DataError, ModelError, RagKitError, ServiceError
-from rag_kit.manifest import fingerprint, sha256
+from rag_kit.errors import DataError, RagKitError, ServiceError
+from rag_kit.manifest import fingerprint
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -75,17 +76,22 @@ def compare(
     run_folder: Path | str | None = None,
     settings: "Settings | None" = None,
     progress: bool = True,
+    generation_config: bool = False,
+    force_adapters: bool = False,
     load: "Callable[[str], BaseChatModel] | None" = None,
     ask: "Callable[..., Answer] | None" = None,
 ) -> Comparison:
     """Ask every arm every question and return the scored rows; greedy unless `options` says otherwise.
 
     Passages are retrieved once and frozen before the first answer, so that every `retrieved` arm gets
-    the same `top_k`. With a `run_folder` each row is on disk before the next question is asked; called
-    again with the same arguments, finished rows are kept and only missing or failed ones are done. A
-    model, index or question that fails becomes rows with an `error` and without scores; the rest goes
-    on. `load` and `ask` stand in for `rag_kit.models.reference.load_model` and `rag_kit.rag.answer`. Raises
-    DataError where the arguments do not fit together, or the folder holds another comparison.
+    the same `top_k`. Models of one base get the same prompt and options, with `generation_config` also what
+    the base's maker suggests; what else differs stands in `factors`. An adapter that the doctor refuses
+    answers only with `force_adapters`, and then every row says so. With a `run_folder` each row is on disk
+    before the next question is asked; called again with the same arguments, finished rows are kept and only
+    missing or failed ones are done. A model, index or question that fails becomes rows with an `error` and
+    without scores; the rest goes on. `load` and `ask` stand in for `rag_kit.models.reference.load_model` and
+    `rag_kit.rag.answer`. Raises DataError where the arguments do not fit together, or the folder holds
+    another comparison, ModelError where a server does not say what a model of it is.
     """
     columns = list(dict.fromkeys(arm if isinstance(arm, Arm) else Arm.parse(arm) for arm in arms))
     questions = list(questions)
@@ -99,23 +105,28 @@ def compare(
         from rag_kit.answer import answer
 
         ask = answer
-    models: dict[str, tuple[str, str | None]] = {arm.model: (arm.model, None) for arm in columns}
+    models = {arm.model: Subject(arm.model, options) for arm in columns}
     if load is None:
         from rag_kit.models.reference import load_model
         from rag_kit.models.standin import answering
         from rag_kit.settings import get_settings
 
-        settings = settings or get_settings()
-        load = partial(load_model, settings=settings)
+        settings = known = settings or get_settings()
         # the stand-in under its own name; why another cannot answer, its rows will say
         columns = list(dict.fromkeys(replace(arm, model=answering(arm.model, settings)) for arm in columns))
-        models = {arm.model: _identity(arm.model, settings) for arm in columns}
+        models = subjects(dict.fromkeys(arm.model for arm in columns), known, options, generation_config)
+
+        def load(reference: str) -> "BaseChatModel":
+            return load_model(reference, known, **models[reference].how)
+
+    applied = {"generation_config": True} if generation_config else {}
     plan = {
         "arms": [str(arm) for arm in columns],
         "questions": {question.id: fingerprint(asdict(question)) for question in questions},
-        "options": asdict(options),
+        "options": asdict(options) | applied,
         "top_k": top_k,
-        "models": {reference: identity for reference, (_, identity) in models.items()},
+        "models": {reference: one.identity for reference, one in models.items()},
+        "factors": {reference: one.factors for reference, one in models.items() if one.factors},
     }
     with Run.open(Path(run_folder) if run_folder is not None else None, plan) as run:
         if store is not None and any(arm.context == "retrieved" for arm in columns):
@@ -124,8 +135,9 @@ def compare(
         with _bar(len(todo), progress) as bar:
             for model in dict.fromkeys(arm.model for arm, _ in todo):
                 work = [(arm, question) for arm, question in todo if arm.model == model]
-                asking = partial(ask, options=options, reference=models[model][0])
-                for row in _answers(model, work, run.contexts, top_k, load, asking):
+                asking = partial(ask, options=models[model].options, reference=models[model].label)
+                admitted = partial(_admitted, load, force_adapters)
+                for row in _answers(model, work, run.contexts, top_k, admitted, asking):
                     run.add(row)
                     bar.set_description(row["arm"], refresh=False)
                     bar.update()
@@ -145,34 +157,6 @@ def _check(arms: Sequence[Arm], questions: "Sequence[Question]", store: object, 
         raise DataError("compare_no_store", arms=", ".join(retrieving))
     if top_k < 1:
         raise DataError("compare_top_k", top_k=top_k)
-
-
-def _identity(reference: str, settings: "Settings") -> tuple[str, str | None]:
-    """A model's label, and what tells it from a later one of that name; None where that is not known."""
-    from rag_kit.models.adapters import WEIGHTS, default_adapter, named_adapter
-    from rag_kit.models.reference import is_local
-    from rag_kit.models.standin import find_ollama
-    from rag_kit.ollama import digests
-
-    provider, _, name = reference.partition(":")
-    if provider == "ollama":
-        try:
-            server = find_ollama(settings, name)
-            return reference, digests(server.url, server.headers).get(
-                name if ":" in name else f"{name}:latest"
-            )
-        except RagKitError:
-            return reference, None
-    if not is_local(reference):
-        return reference, None
-    if reference == "base":
-        return reference, settings.base_model_name
-    try:
-        adapter = named_adapter(name, settings) if name else default_adapter(settings)
-        weights = sha256(adapter.folder / WEIGHTS)
-        return f"lora:{adapter.name}", f"{weights} ({settings.base_model_name})"
-    except ModelError:
-        return reference, None  # its rows will say why
 
 
 def _retrieve(run: Run, store: Searchable, questions: "Sequence[Question]", k: int, progress: bool) -> None:
@@ -202,17 +186,13 @@ def _answers(
     work: "Sequence[tuple[Arm, Question]]",
     contexts: dict[str, FrozenContext],
     top_k: int,
-    load: "Callable[[str], BaseChatModel]",
+    load: "Callable[[str], tuple[BaseChatModel, tuple[str, ...]]]",
     ask: "Callable[..., Answer]",
 ) -> Iterator[dict[str, Any]]:
     """Yield one row for each (arm, question) of one model, which is loaded once."""
     broken, failures, started = None, 0, perf_counter()
     try:
-        model = load(reference)
-        if hasattr(model, "load"):
-            model.load()  # now, so that the first answer's seconds are like the others'
-        if hasattr(model, "check_effect"):
-            model.check_effect()  # an adapter that changes nothing would pass for a fair opponent
+        model, notes = load(reference)
     except Exception as error:
         broken = _reason(error)
     load_s = perf_counter() - started
@@ -230,7 +210,25 @@ def _answers(
             yield failed_row(arm, question, passages, _reason(error))
         else:
             failures = 0
+            result = replace(result, degraded=(*notes, *result.degraded))
             yield {**answered_row(arm, question, passages, context, result), "load_s": load_s}
+
+
+def _admitted(
+    load: "Callable[[str], BaseChatModel]", forced: bool, reference: str
+) -> "tuple[BaseChatModel, tuple[str, ...]]":
+    """Return a model in memory, and what is to be said of an adapter that the doctor would refuse."""
+    from rag_kit.models.lora import LoRALanguageModel
+
+    model = load(reference)
+    if hasattr(model, "load"):
+        model.load()  # now, so that the first answer's seconds are like the others'
+    if not isinstance(model, LoRALanguageModel):
+        return model, ()
+    from rag_kit.models.doctor import admit
+
+    # one that changes nothing would pass for a fair opponent
+    return model, admit(reference, model.settings, forced=forced, model=model)
 
 
 def _reason(error: Exception) -> str:

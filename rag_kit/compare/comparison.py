@@ -17,20 +17,27 @@ from rag_kit.manifest import MANIFEST, read_manifest
 if TYPE_CHECKING:
     import pandas as pd
 
+    from rag_kit.compare.factors import Factors
+
+FACTORS = ("engine", "weights", "base", "prompt", "thinking", "generation_config", "options")
+
 
 class Comparison:
     """The rows of a comparison, one for each arm and question; `path` is its folder, if it has one.
 
-    A missing score is NaN and is left out of every mean and every pair.
+    `factors` are what stands beside each model's answers, FACTORS by reference; empty where nobody looked. A
+    missing score is NaN and is left out of every mean and every pair.
     """
 
-    def __init__(self, rows: "pd.DataFrame", path: Path | None = None) -> None:
-        self.rows, self.path = rows, path
+    def __init__(
+        self, rows: "pd.DataFrame", path: Path | None = None, factors: "dict[str, Factors] | None" = None
+    ) -> None:
+        self.rows, self.path, self.factors = rows, path, factors or {}
 
     @classmethod
-    def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Self:
+    def from_rows(cls, rows: Sequence[dict[str, Any]], factors: "dict[str, Factors] | None" = None) -> Self:
         """Make a comparison of plain rows; absent columns are missing values."""
-        return cls(table(rows).to_pandas())
+        return cls(table(rows).to_pandas(), None, factors)
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -43,8 +50,9 @@ class Comparison:
         folder = Path(folder)
         if not (folder / MANIFEST).exists():
             raise DataError("compare_unfinished", folder=folder)
-        read_manifest(folder, hashes=True)
-        return cls(parquet.read_table(folder / "rows.parquet").to_pandas(), folder)
+        told = read_manifest(folder, hashes=True).get("factors") or {}
+        rows = parquet.read_table(folder / "rows.parquet").to_pandas()
+        return cls(rows, folder, {model: told[model] for model in rows["model"].unique() if model in told})
 
     def summary(self, by: str | Sequence[str] = ()) -> "pd.DataFrame":
         """Return one line for each arm, or for each arm and value of the columns `by` (`language`, …).
@@ -96,16 +104,44 @@ class Comparison:
             disable_numparse=True,
             colalign=("left", *["right"] * (len(headings) - 1)),
         )
-        return "\n".join([text, "", *self.differences()["verdict"]])
+        headings, lines = self._factor_cells()
+        beside = tabulate(lines, headings, tablefmt="simple", disable_numparse=True) if lines else ""
+        said = "\n".join([*self._said(), *self.differences()["verdict"]])
+        return "\n\n".join(filter(None, [text, beside, said]))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         import pandas as pd
 
-        headings, lines = self._cells()
-        html = pd.DataFrame(lines, columns=headings).to_html(index=False, escape=True, border=0)
-        return html + "".join(f"<p>{escape(text)}</p>" for text in self.differences()["verdict"])
+        html = "".join(
+            pd.DataFrame(lines, columns=headings).to_html(index=False, escape=True, border=0)
+            for headings, lines in (self._cells(), self._factor_cells())
+            if lines
+        )
+        return html + "".join(
+            f"<p>{escape(text)}</p>" for text in [*self._said(), *self.differences()["verdict"]]
+        )
+
+    def _varying(self) -> list[str]:
+        """The factors that are not alike for all models."""
+        return [name for name in FACTORS if len({told.get(name) for told in self.factors.values()}) > 1]
+
+    def _factor_cells(self) -> tuple[list[str], list[list[str]]]:
+        """The factors that differ as text for a table, one line for each model."""
+        varying = self._varying()
+        lines = [[model, *(told.get(name, "–") for name in varying)] for model, told in self.factors.items()]
+        headings = [message(f"compare_factor_{name}") for name in ("model", *varying)]
+        return headings, lines if varying else []
+
+    def _said(self) -> list[str]:
+        """What is alike for all models beside their answers, and what is not."""
+        varying, first = self._varying(), next(iter(self.factors.values()), {})
+        alike = [f"{message(f'compare_factor_{name}')} {first[name]}" for name in FACTORS
+                 if name in first and name not in varying]  # fmt: skip
+        named = [message(f"compare_factor_{name}") for name in varying]
+        said = [message("compare_alike", factors="; ".join(alike))] if alike else []
+        return said + ([message("compare_factors", factors=", ".join(named))] if named else [])
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """The summary as text for a table, headings in the reader's language."""

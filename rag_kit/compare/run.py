@@ -96,7 +96,7 @@ class Run:
         """Write the table and, last, the manifest; return the comparison."""
         rows = [self._rows[arm, id_] for arm in self.plan["arms"] for id_ in self.plan["questions"]]
         if self.folder is None:
-            return Comparison.from_rows(rows)
+            return Comparison.from_rows(rows, self.plan["factors"])
         if not (self.folder / MANIFEST).exists():
             write_parquet(self.folder / TABLE, rows)
             errors = sum(row.get("error") is not None for row in rows)
@@ -116,6 +116,7 @@ class Run:
                 raise DataError("compare_other_run", folder=folder, differences="; ".join(found))
             known = {model: identity for model, identity in theirs["models"].items() if identity}
             self.plan["models"] |= known  # one that was missing then may be known now, never the reverse
+            self.plan["factors"] |= {model: told for model, told in theirs.get("factors", {}).items() if told}
         elif unknown := sorted(child.name for child in folder.iterdir() if child.name[0] != "."):
             raise DataError("compare_not_a_run", folder=folder, found=", ".join(unknown[:5]))
         if self.plan != theirs:
@@ -147,7 +148,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     for model, new in ours["models"].items():
         old = theirs["models"].get(model)
         if old and new and old != new:
-            found.append(f"{model}: {old[:60]} → {new[:60]}")
+            found.append(f"{model}: {old[:160]} → {new[:160]}")
     return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rag_kit.errors import RagKitError, message
-from rag_kit.faces import commands, ops_commands, run_commands
+from rag_kit.faces import adapter_commands, commands, ops_commands, run_commands
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -100,14 +100,20 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--name")
     search.add_argument("--top_k", "--top-k", type=int, default=4)
 
-    adapters = subparsers.add_parser("adapters", help="list adapters, take in those made elsewhere")
+    adapters = subparsers.add_parser("adapters", help="list, check, take in and remove adapters")
     adapters.set_defaults(handler=None)
     actions = adapters.add_subparsers(metavar="ACTION", required=True)
-    command("list", commands.adapters_list, "the adapters in LORA_MODEL_PATH", actions)
-    add = command("add", commands.adapters_add, "take in an adapter made elsewhere", actions)
+    command("list", adapter_commands.adapters_list, "the adapters in LORA_MODEL_PATH", actions)
+    check = command(
+        "check", adapter_commands.adapters_check, "whether they are whole and do something", actions
+    )
+    check.add_argument("names", nargs="*", help="NAME or NAME/checkpoint-N (default: all)")
+    add = command("add", adapter_commands.adapters_add, "take in an adapter made elsewhere", actions)
     add.add_argument("folder", type=Path)
     add.add_argument("--base", help="the base it was trained on (default: BASE_MODEL_NAME)")
     add.add_argument("--name", help="its name here (default: the folder's)")
+    remove = command("remove", adapter_commands.adapters_remove, "delete an adapter's files", actions)
+    remove.add_argument("name", help="exactly as `list` shows it")
 
     finetune = command("finetune", commands.finetune, "train a LoRA adapter")
     from rag_kit.finetune.arguments import add_arguments
@@ -136,6 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--limit", type=int, help="so many questions, drawn with seed 0")
     compare.add_argument("--top_k", "--top-k", type=int, default=4)
     compare.add_argument("--max_new_tokens", "--max-new-tokens", type=int)
+    compare.add_argument(
+        "--generation-config", action="store_true", help="apply what the base's maker suggests to local arms"
+    )
+    compare.add_argument("--force", action="store_true", help="let adapters answer that the doctor refuses")
     compare.add_argument("--run", dest="run_name", help="folder below runs/; named again, it resumes")
     return parser
 

@@ -9,10 +9,13 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_kit.errors import message
 from rag_kit.settings import Settings, describe, start
+
+if TYPE_CHECKING:
+    from rag_kit.compare.comparison import Comparison
 
 
 def setup(_arguments: Namespace) -> int:
@@ -32,7 +35,13 @@ def _prepare(settings: Settings) -> list[Path]:
         (settings.base_model_name, embedded.base_folder),
         (settings.embedding_model, embedded.embedder_folder),
     )
-    return [prepare(settings.cache_dir, progress=print) for name, prepare in wanted if name == "embedded"]
+    folders = [prepare(settings.cache_dir, progress=print) for name, prepare in wanted if name == "embedded"]
+    if settings.base_model_name == "embedded":
+        from rag_kit.models.llamacpp.serving import serving_file
+
+        base = embedded.base_gguf(settings.cache_dir)
+        folders.append(serving_file(base, settings.cache_dir, progress=print).path)
+    return folders
 
 
 def test(arguments: Namespace) -> int:
@@ -116,37 +125,6 @@ def index_search(arguments: Namespace) -> int:
     return 0
 
 
-def adapters_list(_arguments: Namespace) -> int:
-    """Print the adapters with what they were trained on."""
-    from rag_kit.models.adapters import find_adapters
-
-    settings = start()
-    adapters = find_adapters(settings.lora_model_path).values()
-    unknown = message("cli_unknown")
-    rows = []
-    for adapter in adapters:
-        recipe = adapter.recipe or {}
-        base = (recipe.get("base") or {}).get("name") or adapter.config.get("base_model_name_or_path")
-        data = (recipe.get("data") or {}).get("name") or unknown
-        rows.append(
-            (adapter.name, base or unknown, data, adapter.config.get("r"), recipe.get("created") or unknown)
-        )
-    _table(rows, "adapter", "base", "data", "rank", "created")
-    return 0
-
-
-def adapters_add(arguments: Namespace) -> int:
-    """Take in an adapter made elsewhere."""
-    from rag_kit.models.adapters import add_adapter
-    from rag_kit.models.base import resolve_base
-
-    settings = start()
-    base = resolve_base(arguments.base or settings.base_model_name, settings)
-    adapter = add_adapter(arguments.folder, base, settings, arguments.name)
-    print(message("cli_adapter_added", name=adapter.name, folder=adapter.folder))
-    return 0
-
-
 def finetune(arguments: Namespace) -> int:
     """Train a LoRA adapter with the guide's flags."""
     from rag_kit.finetune.arguments import from_arguments
@@ -204,10 +182,22 @@ def compare(arguments: Namespace) -> int:
         options = replace(options, max_new_tokens=arguments.max_new_tokens)
     folder = new_run_folder(settings, arguments.run_name)
     how = {"store": store, "top_k": arguments.top_k, "options": options, "settings": settings}
+    how |= {"generation_config": arguments.generation_config, "force_adapters": arguments.force}
     result = run_comparison(arguments.arms, chosen, run_folder=folder, **how)
     print(result)
+    _keep_scores(result, settings)
     print(message("cli_run_lies", folder=folder))
     return 0
+
+
+def _keep_scores(result: Comparison, settings: Settings) -> None:
+    """Write down in the registry what each adapter scored."""
+    from rag_kit.models.registry import record_scores
+
+    for line in result.summary(["model_label", "context"]).to_dict("records"):
+        kind, _, name = str(line["model_label"]).partition(":")
+        if kind == "lora" and line["scored"]:
+            record_scores(name, {line["context"]: {"f1": line["f1"], "n": line["scored"]}}, settings)
 
 
 def _table(rows: Iterable[Sequence[object]], *headings: str) -> None:

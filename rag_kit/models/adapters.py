@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_kit.errors import AdapterNotFoundError, ModelError
-from rag_kit.manifest import fingerprint, replacing, settle, write_manifest
+from rag_kit.manifest import fingerprint, settle
 from rag_kit.models.base import Base, differences, tensor_of
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, RECIPE = "adapter_config.json", "adapter_model.safetensors", "recipe.json"
 FLAT = "default"  # the name of an adapter whose files lie directly in LORA_MODEL_PATH
-TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-TAKEN_ALONG = (CONFIG, WEIGHTS, "chat_template.jinja", *TOKENIZER)
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # what transformers' Trainer calls them
 
 logger = logging.getLogger("rag_kit.models")
 
@@ -56,24 +56,50 @@ class Adapter:
 
 
 def adapter_folders(path: Path) -> dict[str, Path]:
-    """Return the folders of the adapters at `path` by name: the flat one (`default`) first."""
-    settle(path)
-    folders = {FLAT: path} if (path / CONFIG).is_file() else {}
-    if path.is_dir():
-        for folder in sorted(path.iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
-                settle(folder)
-                if (folder / CONFIG).is_file():
-                    folders.setdefault(folder.name, folder)
+    """Return the folders of the adapters at `path` by name: the flat one (`default`) first.
+
+    An adapter's checkpoints stand behind it, as `NAME/checkpoint-N`.
+    """
+    folders: dict[str, Path] = {}
+    for name, folder in named_folders(path):
+        folders.setdefault(name, folder)
     return folders
+
+
+def named_folders(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield every adapter's name and folder; a name that two have comes twice."""
+    settle(path)
+    flat = (path / CONFIG).is_file()
+    if flat:
+        yield FLAT, path
+        yield from ((f"{FLAT}/{folder.name}", folder) for folder in checkpoints(path))
+    for folder in sorted(path.iterdir()) if path.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith(".") and not (flat and _is_checkpoint(folder)):
+            settle(folder)
+            if (folder / CONFIG).is_file():
+                name = unicodedata.normalize("NFC", folder.name)  # macOS writes é as two characters
+                yield name, folder
+                yield from ((f"{name}/{one.name}", one) for one in checkpoints(folder))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether the folder has weights of a training's course: it has no recipe, its parent's is its own."""
+    whole = (folder / CONFIG).is_file() and not (folder / RECIPE).exists()
+    return bool(CHECKPOINT.fullmatch(folder.name)) and whole
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of the checkpoints that a training left in an adapter's folder, earliest first."""
+    found = [one for one in folder.glob("checkpoint-*") if _is_checkpoint(one)]
+    return sorted(found, key=lambda one: int(one.name.rpartition("-")[2]))
 
 
 def find_adapters(path: Path) -> dict[str, Adapter]:
     """Return the adapters at `path` by name; one that cannot be read is logged and left out."""
     adapters = {}
-    for name, folder in adapter_folders(path).items():
+    for name in adapter_folders(path):
         try:
-            adapters[name] = read_adapter(folder, name)
+            adapters[name] = _only(name, path)
         except ModelError as error:
             logger.warning("%s", error)
     return adapters
@@ -96,12 +122,33 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError("adapter_not_lora", path=folder, type=config.get("peft_type"))
-    recipe = _read_json(folder / RECIPE) if (folder / RECIPE).is_file() else None
-    for file, expected in (recipe or {}).get("files", {}).items():
+    recipe = _recipe(folder)
+    for file, expected in ((recipe or {}).get("files") or {}).items():
         size = (folder / file).stat().st_size if (folder / file).is_file() else -1
-        if size != expected["size"]:
-            raise ModelError("adapter_damaged", path=folder / file, expected=expected["size"], found=size)
+        if size != expected.get("size"):
+            told = {"expected": expected.get("size"), "found": size}
+            raise ModelError("adapter_damaged", path=folder / file, **told)
     return Adapter(name or folder.resolve().name, folder, config, recipe, key)
+
+
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    """Return the recipe of the adapter in `folder`; a checkpoint has its training's, but for the metrics."""
+    checkpoint = not (folder / RECIPE).is_file() and CHECKPOINT.fullmatch(folder.name)
+    path = (folder.parent if checkpoint else folder) / RECIPE
+    if not path.is_file():
+        return None
+    recipe = _read_json(path)
+    base, files = recipe.get("base") or {}, recipe.get("files") or {}
+    parts = [base, files, recipe.get("data") or {}, recipe.get("metrics") or {}]
+    if all(isinstance(part, dict) for part in parts):
+        parts += [base.get("fingerprint") or {}, *files.values()]
+        parts += [name for name in files if Path(name).name != name]
+    for part in parts:
+        if not isinstance(part, dict):  # later readers take it for granted
+            raise ModelError("adapter_unreadable", path=path, reason=repr(part))
+    if checkpoint:
+        return recipe | {"files": {}, "metrics": {"steps": int(checkpoint[1])}}
+    return recipe
 
 
 def default_adapter(settings: Settings) -> Adapter:
@@ -110,67 +157,54 @@ def default_adapter(settings: Settings) -> Adapter:
     Raises AdapterNotFoundError where there is none, ModelError (listing them) where none is chosen.
     """
     path = settings.lora_model_path
-    folders = adapter_folders(path)
+    folders = {name: folder for name, folder in adapter_folders(path).items() if "/" not in name}
     if folders.get(FLAT) == path:
-        return read_adapter(path, FLAT)
+        return named_adapter(FLAT, settings)
     if settings.lora_default:
         return named_adapter(settings.lora_default, settings)
     if not folders:
         raise AdapterNotFoundError("adapter_not_found", path=path, known="-")
     if len(folders) > 1:
         raise ModelError("adapter_undecided", path=path, known=", ".join(folders))
-    ((name, folder),) = folders.items()
-    return read_adapter(folder, name)
+    return named_adapter(next(iter(folders)), settings)
 
 
 def named_adapter(name: str, settings: Settings) -> Adapter:
-    """Return the adapter called `name`; raises AdapterNotFoundError, listing the known ones."""
-    folders = adapter_folders(settings.lora_model_path)
-    if name not in folders:
-        raise AdapterNotFoundError("adapter_unknown", adapter=name, known=", ".join(folders) or "-")
-    return read_adapter(folders[name], name)
+    """Return the adapter called `name`, or `NAME/checkpoint-N`.
 
-
-def add_adapter(source: Path, base: Base, settings: Settings, name: str | None = None) -> Adapter:
-    """Copy an adapter made elsewhere into LORA_MODEL_PATH, with a recipe that says what is known.
-
-    Only PEFT's and the tokenizer's own files are taken; `training_args.bin` (a pickle) is never opened.
-    Raises ModelError where the adapter does not fit `base` or the name is not a plain one.
+    Raises AdapterNotFoundError, listing the known ones, and ModelError where two have that name.
     """
-    adapter = read_adapter(source)
-    name = name or adapter.name
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise ModelError("adapter_name", name=name)
-    target = settings.lora_model_path / name
-    if target.exists():
-        raise ModelError("adapter_exists", name=name, path=target)
-    adapter.check_base(base)
-    check_fit(adapter, base)
-    known = adapter.recipe or {
-        "base": {"name": base.name, "fingerprint": base.fingerprint(), "declared_by": "user"},
-        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
-        "data": None,
-        "chat_template_hash": None,
-        "tokenizer_hash": None,
-        "hyperparameters": {
-            key: adapter.config.get(key) for key in ("r", "lora_alpha", "lora_dropout", "target_modules")
-        },
-        "metrics": None,
-        "made_by": "elsewhere",
-    }
-    with replacing(target) as building:
-        for pattern in TAKEN_ALONG:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, building / file.name)
-        write_manifest(building, {key: value for key, value in known.items() if key != "files"}, name=RECIPE)
-    return read_adapter(target)
+    return _only(unicodedata.normalize("NFC", name), settings.lora_model_path)
+
+
+def _only(name: str, path: Path) -> Adapter:
+    found = [folder for known, folder in named_folders(path) if known == name]
+    if not found:
+        known = ", ".join(adapter_folders(path)) or "-"
+        raise AdapterNotFoundError("adapter_unknown", adapter=name, known=known)
+    if len(found) > 1:
+        raise ModelError("adapter_twice", adapter=name, folders=", ".join(map(str, found)))
+    return read_adapter(found[0], name)
+
+
+def adapter_of(reference: str, settings: Settings) -> Adapter:
+    """Return the adapter that `lora` or `lora:NAME` names; raises as `default_adapter`, `named_adapter`."""
+    name = reference.partition(":")[2]
+    return named_adapter(name, settings) if name else default_adapter(settings)
 
 
 def check_fit(adapter: Adapter, base: Base) -> None:
+    """Raise ModelError naming the first tensor that does not fit the base, as `misfits` finds them."""
+    for reason in misfits(adapter, base):
+        raise ModelError("adapter_misfit", adapter=adapter.folder, base=base.name, reason=reason)
+
+
+def misfits(adapter: Adapter, base: Base) -> list[str]:
     """Compare the adapter's tensors with those that PEFT would make for this base; loads no weights.
 
-    Raises ModelError naming the first tensor that is missing, too many or of another shape, and for an
-    adapter that would overwrite weights of the base itself, which every other adapter shares.
+    Returns each tensor that is missing, too many or of another shape: its name, its shape, the expected one.
+    Raises ModelError for weights that cannot be read or placed, and for an adapter that would overwrite
+    weights of the base itself, which every other adapter shares.
     """
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -181,8 +215,8 @@ def check_fit(adapter: Adapter, base: Base) -> None:
     if adapter.config.get("bias", "none") != "none":
         raise ModelError("adapter_misfit", **told, reason=f"bias={adapter.config['bias']}")
     try:
-        found = _shapes(adapter.folder / WEIGHTS)
-    except SafetensorError as error:
+        found = shapes(adapter.folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
         raise ModelError("adapter_weights", path=adapter.folder / WEIGHTS, reason=error) from error
     try:
         config = LoraConfig.from_pretrained(str(adapter.folder))
@@ -193,11 +227,12 @@ def check_fit(adapter: Adapter, base: Base) -> None:
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ModelError("adapter_misfit", **told, reason=first_line(error)) from error
     expected = {key: tuple(tensor.shape) for key, tensor in made.items()}
-    for key in sorted(found.keys() | expected.keys()):
-        own = key.endswith(BASE_COPY) and _copies_base(key, adapter, base)
-        if found.get(key) != expected.get(key) and not own:
-            reason = f"{key} {found.get(key, '-')} ≠ {expected.get(key, '-')}"
-            raise ModelError("adapter_misfit", **told, reason=reason)
+    return [
+        f"{key} {found.get(key, '-')} ≠ {expected.get(key, '-')}"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+        and not (key.endswith(BASE_COPY) and _copies_base(key, adapter, base))
+    ]
 
 
 # PEFT writes a copy of the base's embedding beside a LoRA on it; loading it would replace the base's own.
@@ -218,7 +253,8 @@ def _copies_base(key: str, adapter: Adapter, base: Base) -> bool:
     return False
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file; reads its head alone."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:

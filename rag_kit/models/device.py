@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_kit.errors import ModelError, message
@@ -26,6 +28,11 @@ class Device:
         import torch
 
         return getattr(torch, self.dtype)
+
+
+def may_have_cuda() -> bool:
+    """Whether a driver is there, without which torch (seconds to import) finds no CUDA device."""
+    return bool(shutil.which("nvidia-smi")) or Path("/dev/nvidiactl").exists()
 
 
 def choose_device(settings: Settings) -> Device:

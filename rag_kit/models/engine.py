@@ -1,45 +1,42 @@
-"""The transformers engine: one base in memory, any number of adapters, one step at a time.
+"""What an engine is, which of the two runs a base here, and why.
 
-Knows token ids and adapters; knows nothing of chat, prompts or text. Every step takes a lock and sets
-the adapter of its request, so that concurrent requests for different adapters never mix.
+`transformers` (with PEFT) runs every base and trains it; `llama.cpp` runs a GGUF of it several times faster
+on a CPU. Knows the choice; knows nothing of how either one computes.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rag_kit.errors import ModelError
-from rag_kit.models.adapters import BASE_COPY, Adapter, check_fit, first_line
-from rag_kit.models.base import Base
-from rag_kit.models.device import Device
-from rag_kit.models.options import GenerationOptions
-from rag_kit.models.render import end_ids
+from rag_kit.errors import ModelError, message
+from rag_kit.models.device import may_have_cuda
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
-PROBE = (
-    "The quick brown fox asks: what is your name, and how long does a repair take? 你好，请介绍一下你自己。"
-)
+    from rag_kit.models.adapters import Adapter
+    from rag_kit.models.base import Base
+    from rag_kit.models.options import GenerationOptions
+    from rag_kit.settings import Settings
+
+EngineName = Literal["auto", "llama.cpp", "transformers"]
 
 
 @dataclass
 class Generation:
     """What one request's generation came to.
 
-    `finish_reason` is `stop`, `length`, `timeout` (after `timeout` seconds) or `cancelled`.
+    `finish_reason` is `stop`, `length`, `timeout` (after `timeout` seconds) or `cancelled`. `cache` lets
+    llama.cpp go on from what it still holds of the prompt; without it an answer repeats to the bit.
     """
 
     timeout: float | None = None
+    cache: bool = False
     finish_reason: str = "cancelled"
     output_tokens: int = 0
     first_token_s: float | None = None
@@ -47,242 +44,71 @@ class Generation:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-class TransformersEngine:
-    """A causal language model of transformers with PEFT adapters.
+class Engine(Protocol):
+    """One base in memory with any number of adapters; `dtype` is the number or block type of its weights.
 
-    `load_s` is the seconds that loading took; `own_generation_config` is what the base's maker suggests,
-    shown and never applied; `adapters` are the folders of the adapters in memory by key.
+    `own_generation_config` is what the base's maker suggests, shown and never applied unasked; `end_ids` end
+    an answer, and nothing does where they are taken away.
     """
 
-    def __init__(self, base: Base, device: Device) -> None:
-        import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-        from transformers.utils.logging import disable_progress_bar
-
-        start = time.perf_counter()
-        disable_progress_bar()  # seconds at most; a bar in every notebook would be noise
-        self.base, self.device = base, device
-        self.lock = threading.RLock()
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                base.folder,
-                dtype=device.torch_dtype,
-                quantization_config=_quantization(device),
-                device_map=device.name if device.quantization else None,
-                use_safetensors=True,  # the other format is a pickle
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError("base_unreadable", path=base.folder, reason=first_line(error)) from error
-        if device.quantization is None:  # quantised weights are placed as they are loaded
-            self._model.to(device.name)
-        self._model.eval().requires_grad_(False)
-        self.own_generation_config: dict[str, Any] = self._model.generation_config.to_diff_dict()
-        self.end_ids = end_ids(self.tokenizer, self._model.generation_config)
-        self._model.generation_config = GenerationConfig()
-        self.context_length = int(self._model.config.max_position_embeddings)
-        self.adapters: dict[str, Path] = {}
-        self._held: Counter[str] = Counter()
-        self._active: str | None = None
-        self._torch = torch
-        self.load_s = time.perf_counter() - start
+    name: str
+    reason: str
+    base: Base
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    context_length: int
+    load_s: float
+    own_generation_config: dict[str, Any]
 
     @property
     def dtype(self) -> str:
-        """The number type of the weights in memory, `int8` where they are quantised."""
-        return self.device.quantization or self.device.dtype
+        """The number or block type of the weights, such as `float32` or `Q8_0`."""
+        ...
 
     def memory_bytes(self) -> int:
         """Return the bytes of all weights in memory, adapters included."""
-        return int(sum(p.nbytes for p in self._model.parameters()))
+        ...
 
-    def load_adapter(self, adapter: Adapter) -> str:
-        """Bring `adapter` into memory, unless it is there, and return its key.
-
-        Raises ModelError where its tensors do not fit the base; the engine is then as it was.
-        """
-        key = adapter.key
-        files = None if key in self.adapters else self._read(adapter)
-        with self.lock:
-            if key not in self.adapters:
-                self._add(adapter, *(files or self._read(adapter)))
-            self.adapters[key] = self.adapters.pop(key, adapter.folder)  # the newest of its folder is last
-            self._drop_replaced()
-        return key
-
-    def _read(self, adapter: Adapter) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Return configuration and weights of an adapter that is known to fit."""
-        from peft import LoraConfig
-        from peft.utils.save_and_load import load_peft_weights
-
-        check_fit(adapter, self.base)  # before the model is touched: PEFT leaves a failed one in the layers
-        weights = load_peft_weights(str(adapter.folder), device="cpu")
-        own = {name: tensor for name, tensor in weights.items() if not name.endswith(BASE_COPY)}
-        return LoraConfig.from_pretrained(str(adapter.folder), inference_mode=True), own
-
-    def _add(self, adapter: Adapter, config: Any, weights: dict[str, torch.Tensor]) -> None:
-        from peft import PeftModel, set_peft_model_state_dict
-
-        key = adapter.key
-        try:
-            if self.adapters:
-                self._model.add_adapter(key, config)
-            else:
-                self._model = PeftModel(self._model, config, adapter_name=key)
-            set_peft_model_state_dict(self._model, weights, adapter_name=key)
-        except (TypeError, ValueError, RuntimeError) as error:
-            # It fits the base, but PEFT cannot hold it beside the others: both wrap the same layer.
-            if key in self._model.peft_config:
-                self._model.delete_adapter(key)
-            raise ModelError("adapter_beside", adapter=adapter.folder, reason=first_line(error)) from error
-        finally:
-            self._model.eval().requires_grad_(False)
-            self._rest()
-
-    def _rest(self) -> None:
-        """Switch every adapter off, whatever PEFT made active."""
-        self._model.base_model.disable_adapter_layers()
-        self._active = None
-
-    @contextmanager
-    def holding(self, adapter: Adapter | None) -> Iterator[str | None]:
+    def holding(self, adapter: Adapter | None, *, pinned: bool = False) -> AbstractContextManager[str | None]:
         """Have `adapter` in memory for the block; yields its key, None for the base itself."""
-        if adapter is None:
-            yield None
-            return
-        self.load_adapter(adapter)  # the slow part, without the lock
-        with self.lock:
-            key = self.load_adapter(adapter)
-            self._held[key] += 1
-        try:
-            yield key
-        finally:
-            with self.lock:
-                self._held[key] -= 1
-                self._drop_replaced()
+        ...
 
-    def _drop_replaced(self) -> None:
-        """Delete adapters that were trained anew in their folder, once no request holds them."""
-        newest = {folder: key for key, folder in self.adapters.items()}
-        for key, folder in list(self.adapters.items()):
-            if newest[folder] != key and not self._held[key]:
-                del self.adapters[key]
-                self._model.set_adapter(newest[folder])  # PEFT warns when the active one goes
-                self._model.delete_adapter(key)
-                self._rest()
-
-    @contextmanager
-    def using(self, adapter: str | None) -> Iterator[Any]:
-        """Hold the model with the adapter of this key active (None: the base itself) for one step."""
-        with self.lock:
-            if adapter is not None and adapter not in self.adapters:
-                raise ModelError("adapter_unknown", adapter=adapter, known=", ".join(self.adapters) or "-")
-            if adapter != self._active:
-                self._rest()
-                if adapter is not None:
-                    self._model.base_model.enable_adapter_layers()
-                    self._model.set_adapter(adapter)
-                    self._active = adapter
-            yield self._model
-
-    def generate(
+    def stream(
         self, ids: Sequence[int], adapter: str | None, options: GenerationOptions, state: Generation
-    ) -> Generator[int]:
-        """Yield the ids of new tokens, the end mark left out; fills `state` as it goes.
+    ) -> Generator[str]:
+        """Yield the text that follows `ids`, in pieces; fills `state`; raises ModelError."""
+        ...
 
-        Setting `state.cancelled` ends it after the current token, as does closing the iterator. Raises
-        ModelError where the prompt and `max_new_tokens` do not fit the context.
-        """
-        torch = self._torch
-        limit = min(options.num_ctx or self.context_length, self.context_length)
-        if len(ids) + options.max_new_tokens > limit:
-            raise ModelError("prompt_too_long", tokens=len(ids), new=options.max_new_tokens, limit=limit)
-        choose = _Chooser(options, self.device.name)
-        start = time.perf_counter()
-        every = torch.tensor([list(ids)], device=self.device.name)
-        step, cache = every, None
-        try:
-            for _ in range(options.max_new_tokens):
-                if state.cancelled.is_set():
-                    return
-                if state.timeout and time.perf_counter() - start > state.timeout:
-                    state.finish_reason = "timeout"
-                    return
-                # inference_mode must not stay on while the consumer of this generator runs
-                with self.using(adapter) as model, torch.inference_mode():
-                    out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    cache = out.past_key_values
-                    token = choose(every, out.logits[:, -1, :].float())
-                    every = torch.cat([every, token], dim=1)
-                    step = token
-                if state.first_token_s is None:
-                    state.first_token_s = time.perf_counter() - start
-                state.output_tokens += 1
-                if int(token) in self.end_ids:
-                    state.finish_reason = "stop"
-                    return
-                yield int(token)
-            state.finish_reason = "length"
-        finally:
-            state.total_s = time.perf_counter() - start
+    def next_logprobs(self, ids: Sequence[int], adapter: str | None) -> np.ndarray:
+        """Return the log-probabilities (natural, before sampling) of the token after `ids`, (vocabulary,)."""
+        ...
 
-    def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
-        """Return the float32 logits of every position of `ids`, shape (len(ids), vocabulary)."""
-        with self.using(adapter) as model, self._torch.inference_mode():
-            tensor = self._torch.tensor([list(ids)], device=self.device.name)
-            logits: torch.Tensor = model(input_ids=tensor).logits[0].float().cpu()
-            return logits
-
-    def effect(self, adapter: str) -> float:
-        """Return the largest difference of logits between `adapter` and the base on a probe text."""
-        ids = self.tokenizer.encode(PROBE, add_special_tokens=False)
-        return float((self.logits(ids, adapter) - self.logits(ids, None)).abs().max())
+    def score(self, ids: Sequence[int], answer: Sequence[int], adapter: str | None) -> np.ndarray:
+        """Return the log-probability of each token of a given `answer` after `ids`, (len(answer),)."""
+        ...
 
 
-class _Chooser:
-    """Picks the next token from logits by the options, with a random generator of its own."""
+def choose_engine(base: Base, settings: Settings, asked: str | None = None) -> tuple[str, str]:
+    """Return the engine's name and why: `asked`, else ENGINE; `auto` takes llama.cpp on a CPU with a GGUF.
 
-    def __init__(self, options: GenerationOptions, device: str) -> None:
+    Raises ModelError where llama.cpp is asked for and no GGUF of the base is at hand.
+    """
+    name = asked or settings.engine
+    if name == "llama.cpp" and base.gguf is None:
+        raise ModelError("engine_no_gguf", base=base.name)
+    if name != "auto":
+        return name, message("engine_asked", engine=name)
+    if settings.enable_quantization or settings.enable_fp16:
+        return "transformers", message("engine_weights_asked")
+    if base.gguf is None:
+        return "transformers", message("engine_needs_gguf")
+    if not find_spec("xllamacpp"):
+        return "transformers", message("engine_not_installed")
+    if settings.device == "cuda":
+        return "transformers", message("engine_gpu")  # which says it where there is none
+    if settings.device == "auto" and may_have_cuda():
         import torch
-        from transformers.generation import logits_process as lp
 
-        self._torch, self._greedy = torch, options.temperature <= 0
-        self._processors = lp.LogitsProcessorList()
-        if options.repetition_penalty != 1.0:
-            self._processors.append(lp.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-        if not self._greedy:
-            self._random = torch.Generator(device).manual_seed(options.seed)
-            self._processors.append(lp.TemperatureLogitsWarper(options.temperature))
-            if options.top_k > 0:
-                self._processors.append(lp.TopKLogitsWarper(options.top_k))
-            if options.top_p < 1.0:
-                self._processors.append(lp.TopPLogitsWarper(options.top_p))
-            if options.min_p > 0.0:
-                self._processors.append(lp.MinPLogitsWarper(options.min_p))
-
-    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the chosen id, shape (1, 1)."""
-        scores: torch.Tensor = self._processors(ids, logits)
-        if self._greedy:
-            return scores.argmax(dim=-1, keepdim=True)
-        probabilities = self._torch.softmax(scores, dim=-1)
-        return self._torch.multinomial(probabilities, 1, generator=self._random)
-
-
-def _quantization(device: Device) -> Any:
-    """Return transformers' configuration for int8 (LLM.int8()) or int4 (NF4) weights, or None."""
-    if device.quantization is None:
-        return None
-    if not find_spec("bitsandbytes"):
-        raise ModelError("quantization_missing", type=device.quantization)
-    from transformers import BitsAndBytesConfig
-
-    # It says for every layer that activations are rounded to fp16, which is what LLM.int8() means.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if device.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=device.torch_dtype
-    )
+        if torch.cuda.is_available():
+            return "transformers", message("engine_gpu")
+    return "llama.cpp", message("engine_gguf", path=base.gguf.name)

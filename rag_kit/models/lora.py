@@ -1,16 +1,14 @@
 """`LoRALanguageModel`: one base, any number of adapters, as a LangChain chat model.
 
 `model` names what answers, `base`, `lora` (the default adapter) or `lora:NAME`, for the object and, as
-a keyword of `invoke` or `stream`, for one request.
+a keyword of `invoke` or `stream`, for one request. Knows chat and text; what computes is an engine's affair.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
+from contextlib import AbstractContextManager, closing
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,42 +22,61 @@ from pydantic import Field, PrivateAttr
 from rag_kit.errors import ModelError
 from rag_kit.models.adapters import Adapter, default_adapter, named_adapter
 from rag_kit.models.base import Base, resolve_base
-from rag_kit.models.device import Device, choose_device
-from rag_kit.models.engine import Generation, TransformersEngine
+from rag_kit.models.device import choose_device
+from rag_kit.models.engine import Engine, EngineName, Generation, choose_engine
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import Rendered, render
-from rag_kit.models.textstream import StopStrings, ThinkSplitter, TokenDecoder
+from rag_kit.models.textstream import StopStrings, ThinkSplitter
+from rag_kit.models.transformers_engine import TransformersEngine
 from rag_kit.settings import Settings, get_settings
 
-_engines: WeakValueDictionary[tuple[Path, Device], TransformersEngine] = WeakValueDictionary()
-_latest: list[TransformersEngine] = []
+_engines: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+_latest: list[Any] = []
 _engines_lock = threading.Lock()
 
 
-def engine_for(base: Base, device: Device) -> TransformersEngine:
+def engine_for(base: Base, settings: Settings, asked: str | None = None) -> Engine:
     """Return the engine that holds `base` in memory, loading it at first use; shared by all models.
 
-    One base stays in memory: another goes with the last model that uses it.
+    `asked` goes before the setting ENGINE. One base stays in memory: another goes with the last model that
+    uses it. Raises what `choose_engine` raises, and why the base cannot be loaded.
     """
-    key = (base.folder, device)
+    name, reason = choose_engine(base, settings, asked)
+    if name == "llama.cpp":
+        key: tuple[Any, ...] = (name, base.gguf, settings.cache_dir)
+    else:
+        device = choose_device(settings)
+        key = (name, base.folder, device)
     with _engines_lock:
         engine = _engines.get(key)
         if engine is None:
             _latest.clear()  # before the next one is loaded, so that both need not fit
-            engine = _engines[key] = TransformersEngine(base, device)
+            if name == "llama.cpp":
+                from rag_kit.models.llamacpp.engine import LlamaCppEngine
+
+                engine = LlamaCppEngine(base, settings.cache_dir, reason)
+            else:
+                engine = TransformersEngine(base, device, reason)
+            _engines[key] = engine
         _latest[:] = [engine]
-        return engine
+        chosen: Engine = engine
+        return chosen
 
 
 class LoRALanguageModel(BaseChatModel):
-    """A local base model with its LoRA adapters, run by transformers and PEFT.
+    """A local base model with its LoRA adapters.
 
-    Values left None come from the settings. Raises ModelError for an unknown reference, an adapter of
+    `engine` is `llama.cpp`, `transformers` or `auto`. A `pinned` adapter is merged for llama.cpp and answers
+    at the base's speed; `cache` lets llama.cpp go on from the part of a prompt that it still holds. Values
+    left None come from the settings. Raises ModelError for an unknown reference, an adapter of
     another base, or a prompt that does not fit; AdapterNotFoundError where there is no adapter.
     """
 
     model: str = "lora"
     base: str | None = None
+    engine: EngineName | None = None
+    pinned: bool = False
+    cache: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -68,10 +85,12 @@ class LoRALanguageModel(BaseChatModel):
     max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
     stop: list[str] | None = None
+    num_ctx: int | None = None
+    think: bool | None = None
     timeout: float | None = None
     settings: Settings = Field(default_factory=get_settings, exclude=True, repr=False)
     _base: Base | None = PrivateAttr(default=None)
-    _engine: TransformersEngine | None = PrivateAttr(default=None)
+    _backend: Engine | None = PrivateAttr(default=None)
 
     @property
     def _llm_type(self) -> str:
@@ -96,14 +115,16 @@ class LoRALanguageModel(BaseChatModel):
             max_new_tokens=self.max_tokens,
             seed=self.seed,
             stop=tuple(self.stop or ()),
+            num_ctx=self.num_ctx,
+            think=self.think,
         )
 
     @property
-    def engine(self) -> TransformersEngine:
+    def backend(self) -> Engine:
         """The engine with the base in memory; the first call loads it (seconds)."""
-        if self._engine is None:
-            self._engine = engine_for(self.base_model, choose_device(self.settings))
-        return self._engine
+        if self._backend is None:
+            self._backend = engine_for(self.base_model, self.settings, self.engine)
+        return self._backend
 
     @property
     def base_model(self) -> Base:
@@ -124,28 +145,30 @@ class LoRALanguageModel(BaseChatModel):
         found.check_base(self.base_model)
         return found
 
+    def holding(self, reference: str | None = None) -> AbstractContextManager[str | None]:
+        """Have the base and what `reference` names in memory for the block; yields the engine's key of it."""
+        adapter, backend = self.adapter(reference), self.backend
+        pinned = self.pinned or (adapter is not None and adapter.name == self.settings.lora_pinned)
+        return backend.holding(adapter, pinned=pinned)
+
     def load(self, reference: str | None = None) -> str | None:
         """Bring the base and the adapter into memory; return the engine's key of the adapter."""
-        adapter, engine = self.adapter(reference), self.engine
-        return None if adapter is None else engine.load_adapter(adapter)
+        with self.holding(reference) as key:
+            return key
 
     def check_effect(self, reference: str | None = None) -> float:
-        """Return by how much the adapter moves the base's logits on a probe text at most; 0 for `base`.
+        """Return by how much the adapter moves a next token's log-probability at most; 0 for `base`.
 
-        Raises ModelError for an adapter that moves nothing, or to no number: it may not be compared.
+        Raises ModelError for an adapter that moves no more than noise does: it may not be compared.
         """
-        adapter = self.adapter(reference)
-        if adapter is None:
-            return 0.0
-        with self.engine.holding(adapter) as key:
-            effect = self.engine.effect(str(key))
-        if not 0 < effect < math.inf:
-            raise ModelError("adapter_without_effect", adapter=adapter.name, effect=effect)
-        return effect
+        from rag_kit.models.doctor import probe
 
-    def render(self, messages: list[BaseMessage]) -> Rendered:
-        """Return the token ids that `messages` become for this base."""
-        return render(self.engine.tokenizer, messages)
+        adapter = self.adapter(reference)
+        return 0.0 if adapter is None else probe(self, adapter)[0]
+
+    def render(self, messages: list[BaseMessage], think: bool | None = None) -> Rendered:
+        """Return the token ids that `messages` become for this base; it thinks only where it is told to."""
+        return render(self.backend.tokenizer, messages, enable_thinking=bool(think))
 
     def _generate(
         self,
@@ -168,10 +191,9 @@ class LoRALanguageModel(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         reference = model or self.model
         options = (options or self.options()).updated(stop=tuple(stop) if stop else None)
-        adapter, engine = self.adapter(reference), self.engine
-        prompt = self.render(messages)
-        state = Generation(timeout=self.timeout)
-        decoder, stops, think = TokenDecoder(engine.tokenizer), StopStrings(options.stop), ThinkSplitter()
+        adapter, prompt = self.adapter(reference), self.render(messages, options.think)
+        state = Generation(timeout=self.timeout, cache=self.cache)
+        stops, think = StopStrings(options.stop), ThinkSplitter(prompt.thinks)
 
         def chunk(piece: str) -> ChatGenerationChunk | None:
             reasoning, text = think.feed(piece)
@@ -182,11 +204,11 @@ class LoRALanguageModel(BaseChatModel):
 
         # The consumer may stop listening at any time: then the engine stops too.
         with (
-            engine.holding(adapter) as key,
-            closing(engine.generate(prompt.ids, key, options, state)) as tokens,
+            self.holding(reference) as key,
+            closing(self.backend.stream(prompt.ids, key, options, state)) as pieces,
         ):
-            for token in tokens:
-                new = chunk(stops.feed(decoder.feed(token)))
+            for piece in pieces:
+                new = chunk(stops.feed(piece))
                 if new is not None:
                     if run_manager:
                         run_manager.on_llm_new_token(new.text, chunk=new)
@@ -194,7 +216,7 @@ class LoRALanguageModel(BaseChatModel):
                 if stops.hit is not None:
                     state.finish_reason = "stop"
                     break
-        rest = chunk(stops.feed(decoder.flush()) + stops.flush())
+        rest = chunk(stops.flush())
         if rest is not None:
             yield rest
         held_reasoning, held_text = think.flush()
@@ -209,6 +231,8 @@ class LoRALanguageModel(BaseChatModel):
             response_metadata={
                 "model_name": "base" if adapter is None else f"lora:{adapter.name}",
                 "model_provider": "rag-kit",
+                "engine": self.backend.name,
+                "weights": self.backend.dtype,
                 "finish_reason": state.finish_reason,
                 "first_token_s": state.first_token_s,
                 "total_s": state.total_s,

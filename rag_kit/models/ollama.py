@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from rag_kit.data.chunker import conservative_count
 from rag_kit.errors import ModelError
 from rag_kit.models.memory import load
 from rag_kit.models.options import GenerationOptions
+from rag_kit.models.parity import RawPrompt, begins_itself, raw_prompt, tokenizer_of
 from rag_kit.models.render import text_of
 from rag_kit.models.textstream import ThinkSplitter
 from rag_kit.ollama import CONNECT_S, SEVERABLE, client, explaining
@@ -31,12 +33,14 @@ CONTEXT_STEPS = (4096, 8192, 16384, 32768, 65536, 131072)  # few values: a new n
 class OllamaLanguageModel(ChatOllama):
     """A model that an Ollama server serves, under the same options as the local ones.
 
-    Raises ServiceError where the server refuses, hangs, breaks off or lacks the model, and ModelError
-    for a prompt that its context may not hold.
+    With `same_base` it gets the prompt that this base's renderer makes, and the tokens that the server counts
+    are checked. Raises ServiceError where the server refuses, hangs, breaks off or lacks the model, and
+    ModelError for a prompt that its context may not hold, or that the server cut.
     """
 
     options: GenerationOptions = GenerationOptions()
     timeout: float = READ_S
+    same_base: Path | None = None  # the folder of that base
     _shown: dict[str, Any] = PrivateAttr(default_factory=dict)
     _loaded: bool = PrivateAttr(default=False)
 
@@ -110,24 +114,44 @@ class OllamaLanguageModel(ChatOllama):
         options: GenerationOptions = kwargs.pop("options", None) or self.options
         options = options.updated(stop=tuple(stop) if stop else None)
         model = kwargs.get("model") or self.model
+        prompt: RawPrompt | None = kwargs.pop("prompt", None)
+        tokens = len(prompt.rendered.ids) if prompt else _tokens(messages)
         thinking = self.can_think(model)
         kwargs["reasoning"] = None if thinking is None else bool(thinking and options.think)
+        context = options.num_ctx or self._num_ctx(tokens + options.max_new_tokens, model)
         sent = {
             "temperature": options.temperature,
             "top_p": options.top_p,
             "top_k": options.top_k,
             "min_p": options.min_p,
             "repeat_penalty": options.repetition_penalty,
+            "repeat_last_n": context,  # prompt and answer, as transformers has it; not every version takes -1
+            "typical_p": 1.0,  # a Modelfile may set these three
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "num_predict": options.max_new_tokens,
             "seed": options.seed,
             "stop": list(options.stop),
-            "num_ctx": options.num_ctx or self._num_ctx(messages, options.max_new_tokens, model),
+            "num_ctx": context,
         }
-        return super()._chat_params(messages, None, options=sent, **kwargs)
+        params = super()._chat_params(messages, None, options=sent, **kwargs)
+        if prompt:
+            kept = ("model", "stream", "think", "options", "keep_alive")
+            return {name: params[name] for name in kept} | {"prompt": prompt.text, "raw": True}
+        return params
 
-    def _num_ctx(self, messages: Sequence[BaseMessage], new: int, model: str) -> int:
+    def _raw(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> tuple[_Raw, dict[str, Any]]:
+        """Return what reads the answer to our own prompt, and the request."""
+        assert self.same_base is not None
+        begins = begins_itself(self.describe(kwargs.get("model")).modelinfo or {})
+        think = (kwargs.get("options") or self.options).think
+        prompt = raw_prompt(tokenizer_of(self.same_base), messages, begins=begins, think=think)
+        return _Raw(prompt), self._chat_params(messages, stop, prompt=prompt, **kwargs)
+
+    def _num_ctx(self, needed: int, model: str) -> int:
         """Return the least step that surely holds prompt and answer: the server cuts silently."""
-        needed = new + sum(conservative_count(text_of(message)) + 16 for message in messages)
         limit = self.context_length(model)
         if limit is not None and needed > limit:
             raise ModelError("ollama_prompt_too_long", tokens=needed, model=model, limit=limit)
@@ -139,7 +163,12 @@ class OllamaLanguageModel(ChatOllama):
     ) -> Iterator[Mapping[str, Any] | str]:
         whole = _Whole(kwargs.get("options") or self.options)
         with explaining(self.server, kwargs.get("model") or self.model, self.headers):
-            for part in super()._create_chat_stream(messages, stop, **kwargs):
+            if self.same_base and self._client:
+                raw, asked = self._raw(messages, stop, kwargs)
+                parts: Iterator[Any] = map(raw.read, self._client.generate(**asked))
+            else:
+                parts = super()._create_chat_stream(messages, stop, **kwargs)
+            for part in parts:
                 whole.check(part)
                 yield part
             whole.end()
@@ -149,7 +178,12 @@ class OllamaLanguageModel(ChatOllama):
     ) -> AsyncIterator[Mapping[str, Any] | str]:
         whole = _Whole(kwargs.get("options") or self.options)
         with explaining(self.server, kwargs.get("model") or self.model, self.headers):
-            async for part in super()._acreate_chat_stream(messages, stop, **kwargs):
+            if self.same_base and self._async_client:
+                raw, asked = self._raw(messages, stop, kwargs)
+                parts: AsyncIterator[Any] = raw.aread(await self._async_client.generate(**asked))
+            else:
+                parts = super()._acreate_chat_stream(messages, stop, **kwargs)
+            async for part in parts:
                 whole.check(part)
                 yield part
             whole.end()
@@ -186,6 +220,33 @@ class _Whole:
     def end(self) -> None:
         if not self._done:
             raise httpx.RemoteProtocolError("the stream ended without its last line")
+
+
+class _Raw:
+    """Reads the answer to a raw prompt as a chat's; at its end the tokens counted are checked."""
+
+    def __init__(self, prompt: RawPrompt) -> None:
+        self._prompt, self._think = prompt, ThinkSplitter(prompt.rendered.thinks)
+
+    def read(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        told = {name: value for name, value in dict(part).items() if value is not None}
+        reasoning, text = self._think.feed(told.pop("response", ""))
+        reasoning = told.pop("thinking", "") + reasoning
+        if told.get("done"):
+            held = self._think.flush()
+            reasoning, text = reasoning + held[0], text + held[1]
+            told["prompt_hash"] = self._prompt.rendered.hash
+            told["degraded"] = self._prompt.checked(told.get("prompt_eval_count"))
+        return told | {"message": {"role": "assistant", "content": text, "thinking": reasoning}}
+
+    async def aread(self, parts: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+        async for part in parts:
+            yield self.read(part)
+
+
+def _tokens(messages: Sequence[BaseMessage]) -> int:
+    """Return at least as many tokens as a chat has in any model."""
+    return sum(conservative_count(text_of(message)) + 16 for message in messages)
 
 
 def _without_think_marks(chunk: ChatGenerationChunk, think: ThinkSplitter) -> ChatGenerationChunk:

@@ -19,16 +19,26 @@ from langchain_core.messages import BaseMessage
 from rag_kit.errors import ModelError
 from rag_kit.manifest import fingerprint
 from rag_kit.models.marks import marks, pieces
+from rag_kit.models.textstream import THINK_OPEN
 
 ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a prompt; `content_of[i]` is the message whose text token i belongs to, or -1."""
+    """Token ids of a prompt; `content_of[i]` is the message whose text token i belongs to, or -1.
+
+    `text` is the prompt as a string, in which nothing tells foreign text from the template's.
+    """
 
     ids: tuple[int, ...]
     content_of: tuple[int, ...]
+    text: str = ""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template itself has begun the reasoning that the answer goes on with."""
+        return self.text.rstrip().endswith(THINK_OPEN)
 
     @property
     def hash(self) -> str:
@@ -46,7 +56,8 @@ def render(
 ) -> Rendered:
     """Render `messages` with the tokenizer's chat template; the contents are encoded apart.
 
-    Raises ModelError where the base has no chat template or the template refuses the messages.
+    `template` are its own switches, such as `enable_thinking`, which is off unless said. Raises ModelError
+    where the base has no chat template or the template refuses the messages.
     """
     contents = [text_of(message) for message in messages]
     roles = (ROLES.get(message.type, message.type) for message in messages)
@@ -55,19 +66,22 @@ def render(
         raise ModelError("no_chat_template", base=tokenizer.name_or_path)
     try:
         text: str = tokenizer.apply_chat_template(
-            marked, tokenize=False, add_generation_prompt=add_generation_prompt, **template
+            marked,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **{"enable_thinking": False, **template},
         )
     except Exception as error:  # jinja2's own errors and whatever a template raises
         raise ModelError("template_refused", base=tokenizer.name_or_path, reason=error) from error
 
     ids: list[int] = []
     owner: list[int] = []
-
-    for piece, of in pieces(text, contents):
+    parts = list(pieces(text, contents))
+    for piece, of in parts:
         encoded = _encode_template(tokenizer, piece) if of < 0 else encode_text(tokenizer, piece)
         ids += encoded
         owner += [of] * len(encoded)
-    return Rendered(tuple(ids), tuple(owner))
+    return Rendered(tuple(ids), tuple(owner), "".join(piece for piece, _ in parts))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

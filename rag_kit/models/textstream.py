@@ -64,11 +64,13 @@ class StopStrings:
 class ThinkSplitter:
     """Separates `<think>…</think>` from the answer: empty, unclosed and streamed forms.
 
-    Only a block at the very beginning is reasoning; the marks elsewhere are text.
+    Only a block at the very beginning is reasoning; the marks elsewhere are text. `opened`: the prompt has
+    begun the block, so that the text comes without its first mark (a second one is no reasoning either).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opened: bool = False) -> None:
         self._held, self._state = "", "start"
+        self._opened = opened
 
     def feed(self, piece: str) -> tuple[str, str]:
         """Return (reasoning, text) that `piece` adds."""
@@ -79,7 +81,7 @@ class ThinkSplitter:
             if stripped.startswith(THINK_OPEN):
                 self._held, self._state = stripped[len(THINK_OPEN) :], "thinking"
             elif not THINK_OPEN.startswith(stripped):
-                self._state = "answer"
+                self._state = "thinking" if self._opened else "answer"
             else:
                 return "", ""
         if self._state == "thinking":
@@ -101,7 +103,8 @@ class ThinkSplitter:
     def flush(self) -> tuple[str, str]:
         """Return what was held back: reasoning where the block was never closed, else text."""
         held, self._held = self._held, ""
-        return (held, "") if self._state == "thinking" else ("", held)
+        thinking = self._state == "thinking" or (self._opened and self._state == "start")
+        return (held, "") if thinking else ("", held)
 
 
 def _overlap(text: str, mark: str) -> int:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from rag_kit.errors import DataError, message
-from rag_kit.ops.measure import Row, Side, SideFailed, machine, p95, ratio, samples, take_turns
+from rag_kit.ops.measure import Row, Side, SideFailed, machine, more_ms, p95, ratio, samples, take_turns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,7 +131,10 @@ def bench(
             ours, other = wanted
             both = {"ours": samples(rows, *ours)}
             both["other"] = samples(rows, *other) if isinstance(other, tuple) else other
-            result.samples[key], result.values[key] = both, ratio(**both)
+            result.samples[key], result.values[key] = (
+                both,
+                (more_ms if key.endswith("_ms") else ratio)(**both),
+            )
         except SideFailed as error:
             result.reasons[key] = str(error)
     return result

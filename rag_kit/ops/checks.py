@@ -20,6 +20,7 @@ from rag_kit import embedded
 from rag_kit.errors import ModelError, RagKitError, StoreError, catalogue, language, message
 from rag_kit.manifest import MANIFEST, read_manifest
 from rag_kit.models.base import EMBEDDED, Base, differences, resolve_base
+from rag_kit.models.device import may_have_cuda
 
 if TYPE_CHECKING:
     from rag_kit.models.adapters import Adapter
@@ -88,9 +89,7 @@ def _disk(seen: Seen) -> None:
 
 def _device(seen: Seen) -> None:
     asked = seen.settings.device
-    # Importing torch takes seconds; without a driver it finds no GPU.
-    driver = shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()
-    if asked == "cuda" or (asked == "auto" and driver):
+    if asked == "cuda" or (asked == "auto" and may_have_cuda()):
         from rag_kit.models.device import choose_device
 
         device = choose_device(seen.settings)
@@ -145,14 +144,16 @@ def _memory(seen: Seen) -> None:
 
 def _adapters(seen: Seen) -> None:
     from rag_kit.models.adapters import adapter_folders, default_adapter, read_adapter
+    from rag_kit.models.registry import entries
 
     settings, default, problem = seen.settings, "", None
     folders = adapter_folders(settings.lora_model_path)
+    known = entries(settings)
     try:
         default = default_adapter(settings).name
     except RagKitError as error:
         problem = error.text()
-        if not folders or error.key in ("adapter_undecided", "adapter_unknown"):
+        if not folders or error.key in ("adapter_undecided", "adapter_unknown", "adapter_twice"):
             seen.tell("warning" if settings.use_lora_default else "info", "adapters", error)
     for name, folder in folders.items():
         try:
@@ -166,6 +167,10 @@ def _adapters(seen: Seen) -> None:
         told = {"role": _role(name == default), "rank": adapter.config.get("r"), "path": folder}
         base = ((adapter.recipe or {}).get("base") or {}).get("name") or "-"
         seen.tell("ok", f"lora:{name}", "health_adapter", **told, base=base)
+        for one in known.get(name, {}).get("checked", {}).get("findings", ()):  # `rag-kit adapters check`
+            if one["level"] == "error":
+                level: Level = "error" if name == default else "warning"
+                seen.checks.append(Check(level, f"lora:{name}", one["text"], one["hint"]))
 
 
 def _check_base(adapter: Adapter, base: Base | None) -> None:

@@ -170,6 +170,11 @@ def ratio(ours: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(other) / statistics.median(ours)
 
 
+def more_ms(ours: Sequence[float], other: Sequence[float]) -> float:
+    """Return how many milliseconds more the median of ours takes than the other's."""
+    return (statistics.median(ours) - statistics.median(other)) * 1e3
+
+
 def machine(threads: int) -> dict[str, Any]:
     """Return what the numbers depend on: processor, cores, threads used, memory, system."""
     import psutil

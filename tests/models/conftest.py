@@ -48,6 +48,14 @@ def smol() -> Base:
 
 
 @pytest.fixture(scope="session")
+def twin_gguf(twin: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The twin as a GGUF in F16."""
+    from tests.gguf_bases import write_base_gguf
+
+    return write_base_gguf(twin.folder, tmp_path_factory.mktemp("孪生") / "twin.gguf")
+
+
+@pytest.fixture(scope="session")
 def twin_settings(twin: Base, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A project whose base is the twin."""
     root = tmp_path_factory.mktemp("twin-project")
@@ -62,18 +70,16 @@ def smol_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="session")
 def twin_engine(twin: Base, twin_settings: Settings) -> Iterator[Any]:
-    from rag_kit.models.device import choose_device
     from rag_kit.models.lora import engine_for
 
-    yield engine_for(twin, choose_device(twin_settings))
+    yield engine_for(twin, twin_settings, "transformers")
 
 
 @pytest.fixture(scope="session")
 def smol_engine(smol: Base, smol_settings: Settings) -> Iterator[Any]:
-    from rag_kit.models.device import choose_device
     from rag_kit.models.lora import engine_for
 
-    yield engine_for(smol, choose_device(smol_settings))
+    yield engine_for(smol, smol_settings, "transformers")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from rag_kit.models.adapters import (
     CONFIG,
     RECIPE,
     WEIGHTS,
-    add_adapter,
     check_fit,
     default_adapter,
     find_adapters,
@@ -20,9 +19,10 @@ from rag_kit.models.adapters import (
     read_adapter,
 )
 from rag_kit.models.device import choose_device
-from rag_kit.models.engine import TransformersEngine
+from rag_kit.models.registry import add_adapter
+from rag_kit.models.transformers_engine import TransformersEngine
 from rag_kit.settings import Settings
-from tests.models.texts import says
+from tests.models.texts import effect, says
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,45 @@ def test_no_adapter_at_all_is_told(settings):
 def test_a_name_never_climbs_out_of_the_folder(put, settings, plain):
     put("red")
     shutil.copytree(plain, settings.root / "outside")
-    for name in ("../outside", "..", ".", "red/../red", str(settings.root / "outside")):
+    shutil.copytree(plain, settings.root / "checkpoint-1")
+    inside = ("red/../../outside", "red/../checkpoint-1", "../checkpoint-1", "red/.", "red/")
+    for name in ("../outside", "..", ".", "red/../red", str(settings.root / "outside"), *inside):
         with pytest.raises(AdapterNotFoundError) as caught:
             named_adapter(name, settings)
         says(caught.value, name, "red")
+
+
+def test_checkpoints_stand_behind_their_adapter_and_are_no_default(put, settings):
+    put("red", "red/checkpoint-10", "red/checkpoint-9", "red/notes", "red/checkpoint-x")
+    (settings.lora_model_path / "red" / RECIPE).write_text(
+        '{"data": {"name": "手册"}, "metrics": {"loss": 1}, "files": {}}', encoding="utf-8"
+    )
+    assert list(find_adapters(settings.lora_model_path)) == ["red", "red/checkpoint-9", "red/checkpoint-10"]
+    assert default_adapter(settings).name == "red"
+    checkpoint = named_adapter("red/checkpoint-9", settings)
+    assert checkpoint.recipe == {"data": {"name": "手册"}, "metrics": {"steps": 9}, "files": {}}
+    chosen = Settings.load(settings.root, lora_default="red/checkpoint-10")
+    assert default_adapter(chosen).name == "red/checkpoint-10"
+
+
+def test_checkpoints_of_the_flat_one_are_the_defaults_own(put, settings):
+    put("checkpoint-3", "red")
+    assert list(find_adapters(settings.lora_model_path)) == ["checkpoint-3", "red"]
+    put(".")
+    assert list(find_adapters(settings.lora_model_path)) == ["default", "default/checkpoint-3", "red"]
+
+
+@pytest.mark.parametrize("folders", [(".", "default"), ("caf\u00e9", "cafe\u0301")])
+def test_two_of_one_name_are_an_error_that_names_both(put, settings, folders):
+    put(*folders, "red")
+    name = "default" if "default" in folders else folders[0]
+    for ask in (named_adapter, lambda name, settings: default_adapter(settings)):
+        if ask is named_adapter or name == "default":
+            with pytest.raises(ModelError) as caught:
+                ask(name, settings)
+            paths = [settings.lora_model_path / folder for folder in folders]
+            says(caught.value, name, *paths, en="Two adapters are called", zh="有两个名为")
+    assert list(find_adapters(settings.lora_model_path)) == ["red"]
 
 
 def test_a_broken_adapter_hides_no_other(put, settings):
@@ -268,13 +303,13 @@ def test_every_kind_of_lora_fits_and_has_an_effect(make_adapter, twin, engine, t
     adapter = read_adapter(make_adapter(tmp_path / "a", seed=3, **FITTING[kind]))
     check_fit(adapter, twin)
     before = engine.logits(range(30), None)
-    assert engine.effect(engine.load_adapter(adapter)) > 0.1
+    assert effect(engine, engine.load_adapter(adapter)) > 0.1
     assert (engine.logits(range(30), None) == before).all()
 
 
 def test_adapters_that_peft_cannot_hold_together_are_told(make_adapter, engine, tmp_path):
     first = engine.load_adapter(read_adapter(make_adapter(tmp_path / "a", **FITTING["embedding"])))
-    base, effect = engine.logits(range(30), None), engine.effect(first)
+    base, before = engine.logits(range(30), None), effect(engine, first)
     with pytest.raises(ModelError) as caught:
         engine.load_adapter(read_adapter(make_adapter(tmp_path / "b", **FITTING["tokens"])))
     says(
@@ -284,14 +319,14 @@ def test_adapters_that_peft_cannot_hold_together_are_told(make_adapter, engine, 
         en="beside those already loaded",
         zh="无法与已加载的适配器共存",
     )
-    assert (engine.logits(range(30), None) == base).all() and engine.effect(first) == effect
+    assert (engine.logits(range(30), None) == base).all() and effect(engine, first) == before
     assert list(engine.adapters) == [first]
 
 
 def test_a_configuration_of_all_linear_as_other_programs_write_it(make_adapter, engine, tmp_path):
     folder = make_adapter(tmp_path / "a", target_modules="all-linear")
     edit(folder, target_modules="all-linear", some_key_of_a_later_peft=1)
-    assert engine.effect(engine.load_adapter(read_adapter(folder))) > 0.1
+    assert effect(engine, engine.load_adapter(read_adapter(folder))) > 0.1
 
 
 MISFITS = {

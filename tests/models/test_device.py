@@ -7,7 +7,8 @@ from langchain_core.messages import HumanMessage
 from rag_kit.errors import ModelError, message
 from rag_kit.models.adapters import read_adapter
 from rag_kit.models.device import choose_device
-from rag_kit.models.engine import Generation, TransformersEngine
+from rag_kit.models.engine import Generation
+from rag_kit.models.transformers_engine import TransformersEngine
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import render
 from rag_kit.settings import Settings
@@ -100,7 +101,7 @@ def test_the_type_of_quantisation_has_an_effect(tmp_path, twin):
 
 
 def test_quantisation_without_its_package_is_told(tmp_path, twin, monkeypatch):
-    monkeypatch.setattr("rag_kit.models.engine.find_spec", lambda name: None)
+    monkeypatch.setattr("rag_kit.models.transformers_engine.find_spec", lambda name: None)
     with pytest.raises(ModelError) as caught:
         TransformersEngine(twin, choose_device(env(tmp_path, "ENABLE_QUANTIZATION=true")))
     says(caught.value, "bitsandbytes", "int8", en="is not installed", zh="未安装")

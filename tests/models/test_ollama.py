@@ -50,6 +50,8 @@ def test_every_option_is_on_the_wire():
     assert sent["options"] == {
         "temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repeat_penalty": 1.2, "num_predict": 9,
         "seed": 5, "stop": ["停"], "num_ctx": 1024,
+        # and what a Modelfile could set otherwise
+        "repeat_last_n": 1024, "typical_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
 
 

@@ -21,7 +21,9 @@ SHORT = {"max_tokens": 4}  # the unit suites give their own
 
 
 class _Local:
-    """One project with the embedded base and one adapter of it."""
+    """One project with the embedded base and one adapter of it, on one of the engines."""
+
+    engine = "llama.cpp"
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
@@ -36,7 +38,7 @@ class _Local:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "base", "settings": self.settings} | self.limits
+        return {"model": "base", "engine": self.engine, "settings": self.settings} | self.limits
 
     @property
     def model_override_value(self) -> str:
@@ -49,6 +51,10 @@ class TestLoRAUnit(_Local, ChatModelUnitTests):
 
 class TestLoRAIntegration(_Local, ChatModelIntegrationTests):
     limits: ClassVar[dict[str, Any]] = SHORT
+
+
+class TestLoRAOnTransformers(TestLoRAIntegration):
+    engine = "transformers"
 
 
 class _Served:

@@ -97,8 +97,8 @@ def test_text_without_a_block_stays_as_it_is(text, places):
     assert split(cut(text, places)) == ("", text)
 
 
-def split(pieces: list[str]) -> tuple[str, str]:
-    splitter = ThinkSplitter()
+def split(pieces: list[str], opened: bool = False) -> tuple[str, str]:
+    splitter = ThinkSplitter(opened)
     fed = [splitter.feed(piece) for piece in pieces] + [splitter.flush()]
     return "".join(r for r, _ in fed), "".join(t for _, t in fed)
 
@@ -116,3 +116,19 @@ def split(pieces: list[str]) -> tuple[str, str]:
 )
 def test_the_forms_that_occur(pieces, reasoning, text):
     assert split(pieces) == (reasoning, text)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reasoning", "text"),
+    [
+        (["\n", "嗯", "</thi", "nk>", "\n\n好"], "\n嗯", "好"),
+        (["</think>", "Yes"], "", "Yes"),  # empty
+        (["hm", " hm"], "hm hm", ""),  # unclosed
+        (["<thi", "nk>嗯</think>好"], "嗯", "好"),  # the model begins the block once more
+        (["<thin"], "<thin", ""),
+        ([" "], " ", ""),
+        ([], "", ""),
+    ],
+)
+def test_a_block_that_the_prompt_has_opened(pieces, reasoning, text):
+    assert split(pieces, opened=True) == (reasoning, text)

@@ -17,3 +17,9 @@ def says(error: RagKitError, *values: object, en: str = "", zh: str = "") -> Non
         for value in values:
             assert str(value) in text, (value, text)
         assert bool(re.search(r"[\u4e00-\u9fff]{4}", text)) == (language == "zh"), text
+
+
+def effect(engine, key):
+    """The largest difference of logits that an adapter makes on a text in two languages."""
+    ids = engine.tokenizer.encode("What is your name? 你好，请介绍一下你自己。", add_special_tokens=False)
+    return float((engine.logits(ids, key) - engine.logits(ids, None)).abs().max())

@@ -11,13 +11,22 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rag_kit.errors import ModelError
 
 CONTEXT = 8192  # tokens, where neither the caller nor the model asks for fewer: the cache costs memory
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q").unpack_from
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: rows first in `shape`, the block type's number, the byte where it begins."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Gguf:
     size: int
     metadata: dict[str, Any]
     parameters: int
+    tensors: dict[str, Tensor]
 
     @property
     def architecture(self) -> str:
@@ -95,18 +105,18 @@ def read_gguf(path: Path) -> Gguf:
             if begin[:4] != b"GGUF" or int.from_bytes(begin[4:], "little") not in (2, 3):
                 raise ModelError("gguf_not", path=path, found=repr(begin)[2:-1])
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                metadata, parameters, end = _header(data)
+                metadata, tensors, end = _header(data)
     except OSError as error:
         raise ModelError("gguf_missing", path=path, reason=error.strerror) from error
     except (struct.error, KeyError) as error:
         raise ModelError("gguf_cut", path=path, size=size, needed=size + 1) from error
     if end > size:
         raise ModelError("gguf_cut", path=path, size=size, needed=end)
-    return Gguf(path, size, metadata, parameters)
+    return Gguf(path, size, metadata, sum(prod(tensor.shape) for tensor in tensors.values()), tensors)
 
 
-def _header(data: mmap.mmap) -> tuple[dict[str, Any], int, int]:
-    """Return (metadata, number of parameters, the byte behind the last tensor); struct.error at the end."""
+def _header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """Return (metadata, tensors, the byte behind the last of them); struct.error where the file ends."""
     from gguf.constants import GGML_QUANT_SIZES
 
     at = 8
@@ -117,22 +127,26 @@ def _header(data: mmap.mmap) -> tuple[dict[str, Any], int, int]:
         return struct.unpack_from(f"<{kinds}", data, start)
 
     def value(kind: int) -> Any:
-        if kind == _STRING:
-            return take(f"{take('Q')[0]}s")[0].decode("utf-8", "replace")
+        nonlocal at
+        if kind == _STRING:  # there are hundreds of thousands, so this is what takes the time
+            start = at + 8
+            at = start + _LENGTH(data, at)[0]
+            if at > len(data):
+                raise struct.error
+            return str(data[start:at], "utf-8", "replace")
         if kind == _ARRAY:
             of, length = take("IQ")
             plain = of in _SCALARS
             return list(take(f"{length}{_SCALARS[of]}")) if plain else [value(of) for _ in range(length)]
         return take(_SCALARS[kind])[0]
 
-    tensors, pairs = take("QQ")
+    count, pairs = take("QQ")
     metadata = {value(_STRING): value(*take("I")) for _ in range(pairs)}
-    parameters = end = 0
-    for _ in range(tensors):
-        value(_STRING)
-        count = prod(take(f"{take('I')[0]}Q"))
-        kind, offset = take("IQ")
-        block, size = GGML_QUANT_SIZES.get(kind, (1, 0))  # a newer type has a size that we do not know
-        parameters, end = parameters + count, max(end, offset + count // block * size)
-    alignment = metadata.get("general.alignment", 32)
-    return metadata, parameters, -(-at // alignment) * alignment + end
+    index = {value(_STRING): Tensor(take(f"{take('I')[0]}Q")[::-1], *take("IQ")) for _ in range(count)}
+    alignment, end = metadata.get("general.alignment", 32), 0
+    begin = -(-at // alignment) * alignment
+    for tensor in index.values():
+        block, size = GGML_QUANT_SIZES.get(tensor.kind, (1, 0))  # of a newer type that we do not know
+        end = max(end, tensor.offset + prod(tensor.shape) // block * size)
+    placed = {name: one._replace(offset=begin + one.offset) for name, one in index.items()}
+    return metadata, placed, begin + end

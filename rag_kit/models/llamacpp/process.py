@@ -1,57 +1,61 @@
 """The parent's side of the engine process: starts the child, keeps it alive, and leaves no orphan.
 
 The parent holds the listening socket, so that address and key outlive a crash, and requests that arrive
-meanwhile wait for the next child. Knows processes; knows nothing of what the child answers.
+meanwhile wait for the next child; when adapters join, a second child is ready on the same socket before the
+first one drains. Knows processes; knows nothing of what a child answers.
 """
 
 from __future__ import annotations
 
 import atexit
-import base64
-import json
 import os
-import re
 import secrets
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from rag_kit.errors import ModelError, language
+from rag_kit.models.llamacpp.adapter_gguf import check_adapter_gguf
+from rag_kit.models.llamacpp.child import Child
 from rag_kit.models.llamacpp.gguf import explain
+from rag_kit.models.llamacpp.link import OUT_OF_MEMORY
 
-START_S = 300.0  # a large model on a slow disk
 CRASHES, WINDOW_S = 3, 60.0  # so many restarts within so many seconds
-LOG_LINES = 200
-# On a busy machine threads that spin for each other are ten times slower; sleeping soon costs little.
-SPIN = {"GOMP_SPINCOUNT": "1000"}
-ROOT = Path(__file__).parents[3]
 
 
 class EngineProcess:
     """One child process that runs llama.cpp over one GGUF and speaks Ollama's wire on loopback.
 
-    `name` is the model's name on the wire, `context` its tokens (None: the model's own, at most 8,192).
-    `url` is empty before the first start; `restarts` counts the times that a crashed child was replaced.
+    `name` is the model's name on the wire, `context` its tokens (None: the model's own, at most 8,192);
+    `adapters` are the GGUF adapters served over it, by name. `public` is the (host, port) to listen on for
+    others, without a key; else the port is free and the key a secret. `url` is empty before the first start;
+    `restarts` counts the times that a crashed child was replaced.
     """
 
-    def __init__(self, gguf: Path, *, name: str, context: int | None = None) -> None:
-        self.gguf, self.name, self.context = gguf, name, context
-        self.url, self.restarts = "", 0
+    def __init__(
+        self,
+        gguf: Path,
+        *,
+        name: str,
+        context: int | None = None,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+        public: tuple[str, int] | None = None,
+    ) -> None:
+        self.gguf, self.name, self.context, self.public = gguf, name, context, public
+        self.adapters, self.url, self.restarts = dict(adapters), "", 0
         self._key = secrets.token_urlsafe(32)
         self._lock = threading.Lock()
         self._owner = os.getpid()  # a fork of it may ask the child, and must not end it
-        self._process: subprocess.Popen[str] | None = None
+        self._child: Child | None = None
+        self._draining: set[Child] = set()
         self._listener: socket.socket | None = None
         self._failure: ModelError | None = None
         self._crashes: list[float] = []
-        self._log: deque[str] = deque(maxlen=LOG_LINES)
+        self._died = float("-inf"), ""  # when a child crashed last, and of what
 
     @property
     def headers(self) -> dict[str, str]:
@@ -61,19 +65,20 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         """The child's process id, None where there is no child."""
-        process = self._process
-        return process.pid if process else None
+        child = self._child
+        return child.process.pid if child else None
 
     @property
     def alive(self) -> bool:
         """Whether the child runs now."""
-        process = self._process
-        return process is not None and process.poll() is None
+        child = self._child
+        return child is not None and child.alive
 
     @property
     def log(self) -> str:
         """The last lines that the child wrote."""
-        return "\n".join(self._log)
+        child = self._child
+        return "\n".join(child.log) if child else ""
 
     def start(self) -> Self:
         """Start the child and wait until its model is loaded; does nothing where it runs.
@@ -87,30 +92,56 @@ class EngineProcess:
             if self._failure:
                 raise self._failure
             if not self.alive:
-                explain(self.gguf, self.context)
+                self._check(self.adapters)
                 if self._listener is None:
-                    # a free port of the system's choice: these are far above Ollama's
-                    self._listener = socket.create_server(("127.0.0.1", 0))
-                    self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-                    atexit.register(self.stop)
+                    self._listen()
                 try:
-                    self._spawn()
+                    self._child = self._spawn(self.adapters)
                 except BaseException:
                     self._close()
                     raise
         return self
+
+    def set_adapters(self, adapters: Mapping[str, Path]) -> None:
+        """Serve these adapters and no others from now on; running requests end where they began.
+
+        What is asked after the return is answered by a child that has them. Raises ModelError that tells
+        why it could not be, and leaves all as it was.
+        """
+        if os.getpid() != self._owner:
+            return
+        with self._lock:
+            self._check(adapters)
+            old = self._child
+            if old is not None and old.alive and self.adapters != adapters:
+                self._child = self._spawn(adapters)
+                self._draining.add(old)
+                old.drain()
+            self.adapters = dict(adapters)
+
+    def lost(self, error: Exception) -> ModelError:
+        """Return why a child that broke off with `error` did so: for want of memory, most often."""
+        since = time.monotonic() - 1
+        while self._died[0] < since and time.monotonic() < since + 2:
+            time.sleep(0.01)  # the kernel closes connections before it tells of the death
+        last = self.log.rpartition("\n")[2]
+        told = last if OUT_OF_MEMORY.search(last) else str(error) or type(error).__name__
+        reason = self._died[1] if self._died[0] >= since else told
+        memory = "SIGKILL" in reason or OUT_OF_MEMORY.search(reason)
+        return ModelError("engine_memory" if memory else "engine_crashed", name=self.name, reason=reason)
 
     def stop(self) -> None:
         """End the child and give its port back; does nothing where none runs."""
         if os.getpid() != self._owner:
             return
         with self._lock:
-            process, self._process = self._process, None
-            self._failure = None
+            children = [*self._draining, *([self._child] if self._child else [])]
+            self._child, self._failure = None, None
+            self._draining.clear()
             self._crashes.clear()
             self._close()
-            if process:
-                _end(process)
+            for child in children:
+                child.end()
         atexit.unregister(self.stop)
 
     def __enter__(self) -> Self:
@@ -124,95 +155,64 @@ class EngineProcess:
             self._listener.close()
         self._listener = None
 
-    def _spawn(self) -> None:
+    def _listen(self) -> None:
+        # a free port of the system's choice: these are far above Ollama's
+        host, port = self.public or ("127.0.0.1", 0)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise ModelError("engine_port", host=host, port=port, reason=error.strerror or error) from error
+        here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        self.url = f"http://{here}:{self._listener.getsockname()[1]}"
+        atexit.register(self.stop)
+
+    def _check(self, adapters: Mapping[str, Path]) -> None:
+        explain(self.gguf, self.context)
+        for path in adapters.values():
+            check_adapter_gguf(path, self.gguf)
+
+    def _spawn(self, adapters: Mapping[str, Path]) -> Child:
         """Start a child and wait for its word; whatever goes wrong, no child is left."""
         assert self._listener is not None
-        windows = sys.platform == "win32"
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rag_kit.models.llamacpp.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=() if windows else (self._listener.fileno(),),
-            env=SPIN | os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"},
-            start_new_session=True,  # an interrupt of the notebook is not meant for it
-            encoding="utf-8",
-            errors="replace",
+        child = Child(self._listener, self._ended)
+        child.configure(
+            {
+                "gguf": str(self.gguf.absolute()),
+                "name": self.name,
+                "context": self.context,
+                "adapters": {name: str(path.absolute()) for name, path in adapters.items()},
+                "key": self._key,
+                "public": self.public and self.public[0],
+                "language": language(),
+            }
         )
-        assert process.stdin is not None and process.stdout is not None
-        follower = threading.Thread(target=self._follow, args=(process,), daemon=True)
-        follower.start()
-        patience = threading.Timer(START_S, process.kill)
-        patience.start()
-        config = {"gguf": str(self.gguf.absolute()), "name": self.name, "context": self.context,
-                  "key": self._key, "socket": self._shared(process.pid), "language": language()}  # fmt: skip
-        try:
-            with suppress(BrokenPipeError):  # it is told below why it reads no more
-                process.stdin.write(json.dumps(config) + "\n")
-                process.stdin.flush()
-            if not process.stdout.readline():
-                _end(process)
-                follower.join()
-                raise self._explained(process)
-            process.stdout.close()
-        except BaseException:
-            _end(process)
-            raise
-        finally:
-            patience.cancel()
-        self._process = process
+        return child
 
-    def _shared(self, pid: int) -> int | str:
-        assert self._listener is not None
-        if sys.platform == "win32":
-            return base64.b64encode(self._listener.share(pid)).decode()
-        return self._listener.fileno()
+    def _ended(self, child: Child) -> None:
+        """Put another child in the place of the newest one; one that drains is only buried."""
+        with self._lock:
+            if self._child is child:
+                self._replace(child)
+            elif child in self._draining:
+                self._draining.discard(child)
+                self._bury(child)
 
-    def _explained(self, process: subprocess.Popen[str]) -> ModelError:
-        if missing := re.search(r"^(?:ImportError|ModuleNotFoundError): (.+)", self.log, re.MULTILINE):
-            return ModelError("engine_no_library", reason=missing[1])
-        if unknown := re.search(r"unknown model architecture: '(.+?)'", self.log):
-            return ModelError("gguf_architecture", path=self.gguf, architecture=unknown[1])
-        own = re.search(r"error loading model: (.+)", self.log)
-        last = self._log[-1] if self._log else _status(process)
-        return ModelError("engine_start_failed", path=self.gguf, reason=own[1] if own else last)
+    def _bury(self, child: Child) -> None:
+        child.end()
+        if child.process.returncode:
+            self._died = time.monotonic(), child.reason
 
-    def _follow(self, process: subprocess.Popen[str]) -> None:
-        """Keep what the child writes; when it ends by itself, put another in its place."""
-        assert process.stderr is not None
-        with process.stderr as lines:
-            self._log.extend(line.rstrip() for line in lines)
-        if self._process is process:
-            with self._lock:
-                if self._process is process:
-                    self._replace(process)
-
-    def _replace(self, process: subprocess.Popen[str]) -> None:
-        _end(process)
+    def _replace(self, child: Child) -> None:
+        self._bury(child)
         now = time.monotonic()
         self._crashes = [*(when for when in self._crashes if now - when < WINDOW_S), now]
         try:
             if len(self._crashes) > CRASHES:
-                told = {"name": self.name, "times": len(self._crashes), "reason": _status(process)}
+                told = {"name": self.name, "times": len(self._crashes), "reason": child.reason}
                 raise ModelError("engine_gave_up", **told)
-            self._spawn()
+            self._child = self._spawn(self.adapters)
             self.restarts += 1
         except ModelError as error:
-            self._failure, self._process = error, None
+            self._failure, self._child = error, None
             self._close()
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the child, which has nothing to clean up."""
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe:
-            with suppress(BrokenPipeError):  # what it never read
-                pipe.close()
-
-
-def _status(process: subprocess.Popen[str]) -> str:
-    code = process.returncode
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"

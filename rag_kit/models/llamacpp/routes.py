@@ -8,15 +8,18 @@ never cut, keep_alive other than 0 changes nothing, and models are neither made 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_kit.errors import ModelError, RagKitError, message
+from rag_kit.errors import AdapterNotFoundError, ModelError, RagKitError
 from rag_kit.manifest import sha256
 from rag_kit.models.llamacpp import wire
 from rag_kit.models.llamacpp.runner import Runner
@@ -30,15 +33,21 @@ opened: ContextVar[list[Lines]] = ContextVar("opened")  # by one request, to be 
 
 
 def application(runner: Runner, name: str) -> ASGIApp:
-    """Return the routes over one model called `name`."""
+    """Return the routes over the base called `name` and its adapters, each a model `name+ADAPTER`."""
     from fastapi import FastAPI, HTTPException
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.exceptions import HTTPException as NoRoute
 
     app = FastAPI(openapi_url=None)
+    models = {_full(name): None, **{_full(f"{name}+{one}"): one for one in runner.adapters}}
     name = _full(name)
-    digest = cache(lambda: sha256(runner.gguf.path))
+
+    @cache
+    def digest(adapter: str | None) -> str:
+        parts = [runner.gguf.path, *([runner.adapters[adapter]] if adapter else [])]
+        hashes = [sha256(path) for path in parts]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     async def failed(_: Any, error: Exception) -> JSONResponse:
         if isinstance(error, NoRoute):
@@ -46,19 +55,30 @@ def application(runner: Runner, name: str) -> ASGIApp:
         if isinstance(error, RequestValidationError):
             first = error.errors()[0]
             return JSONResponse({"error": f"{first['msg']}: {'.'.join(map(str, first['loc'][1:]))}"}, 400)
-        return JSONResponse({"error": _text(error)}, 400 if isinstance(error, RagKitError) else 500)
+        told = isinstance(error, RagKitError) and error.key != "engine_memory"
+        status = 404 if isinstance(error, AdapterNotFoundError) else 400 if told else 500
+        return JSONResponse({"error": _text(error)}, status)
 
     for kind in (NoRoute, RequestValidationError, RagKitError, Exception):
         app.add_exception_handler(kind, failed)
 
-    def check(asked: wire.Asked) -> None:
-        if _full(asked.model) != name:
+    def check(asked: wire.Asked) -> str | None:
+        """Return the adapter that is asked for, None for the base."""
+        if (model := _full(asked.model)) not in models:
             raise HTTPException(404, f"model '{asked.model}' not found")
         if refusal := asked.refusal():
             raise HTTPException(400, refusal)
+        return models[model]
 
-    async def entry(**more: Any) -> Body:
-        return {"models": [wire.entry(runner.gguf, name, await asyncio.to_thread(digest)) | more]}
+    async def entries(**more: Any) -> Body:
+        made = []
+        for model, adapter in models.items():
+            known = await asyncio.to_thread(digest, adapter)
+            made.append(wire.entry(runner.gguf, model, known, *origin(adapter)) | more)
+        return {"models": made}
+
+    def origin(adapter: str | None) -> tuple[str, Path | None]:
+        return (name, runner.adapters[adapter]) if adapter else ("", None)
 
     @app.api_route("/", methods=["GET", "HEAD"])
     async def root() -> PlainTextResponse:
@@ -72,19 +92,18 @@ def application(runner: Runner, name: str) -> ASGIApp:
 
     @app.api_route("/api/tags", methods=["GET", "HEAD"])
     async def tags() -> Body:
-        return await entry()
+        return await entries()
 
     @app.get("/api/ps")
     async def ps() -> Body:
         import psutil
 
         held = {"size": psutil.Process().memory_info().rss, "size_vram": 0, "context_length": runner.context}
-        return await entry(**held, expires_at="9999-12-31T23:59:59Z") if runner.loaded else {"models": []}
+        return await entries(**held, expires_at="9999-12-31T23:59:59Z") if runner.loaded else {"models": []}
 
     @app.post("/api/show")
     async def show(asked: wire.Asked) -> Body:
-        check(asked)
-        return wire.shown(runner.gguf)
+        return wire.shown(runner.gguf, *origin(check(asked)))
 
     @app.post("/api/chat")
     async def chat(asked: wire.Asked) -> Any:
@@ -104,7 +123,7 @@ def application(runner: Runner, name: str) -> ASGIApp:
 
     async def answer(asked: wire.Asked, prompt: Any, said: Callable[[str], Body]) -> Any:
         """Answer the prompt that `prompt` makes; where there is none, load the model or unload it."""
-        check(asked)
+        adapter = check(asked)
         start = time.perf_counter_ns()
         texts: list[str] = []
 
@@ -118,7 +137,7 @@ def application(runner: Runner, name: str) -> ASGIApp:
                 async with runner.turn() as load_ns:
                     ids = await prompt()
                     sampling = asked.options.after(len(ids), runner.context) | asked.grammar()
-                    async with aclosing(runner.generate(ids, sampling)) as parts:
+                    async with aclosing(runner.generate(ids, sampling, adapter)) as parts:
                         async for part in parts:
                             if part.get("text"):
                                 yield line(part["text"], done=False)
@@ -138,7 +157,8 @@ def application(runner: Runner, name: str) -> ASGIApp:
 
     @app.post("/api/embed")
     async def embed(asked: wire.Asked) -> Body:
-        check(asked)
+        if check(asked) is not None:  # llama.cpp computes vectors without adapters
+            raise HTTPException(400, f'"{asked.model}" does not support embeddings')
         start, limit = time.perf_counter_ns(), asked.options.limit(runner.context)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         async with runner.turn() as load_ns:
@@ -155,18 +175,32 @@ def application(runner: Runner, name: str) -> ASGIApp:
 
     @app.post("/engine/generate")
     async def from_ids(asked: wire.Own) -> Any:
-        if asked.adapter is not None:
-            raise HTTPException(404, message("engine_no_adapter", adapter=asked.adapter))
-
         async def lines() -> Lines:
+            runner.check(asked.adapter)
             async with runner.turn():
                 made = asked.ids, asked.options.after(len(asked.ids), runner.context)
-                top = asked.logprobs
-                async with aclosing(runner.steps(*made, top) if top else runner.generate(*made)) as parts:
+                top, who = asked.logprobs, Body(adapter=asked.adapter, cache=asked.cache)
+                parts = runner.steps(*made, top, **who) if top else runner.generate(*made, **who)
+                async with aclosing(parts):
                     async for part in parts:
                         yield part | {"done": "done_reason" in part}
 
         return await _stream(lines())
+
+    @app.post("/engine/next")
+    async def following(asked: wire.Own) -> Body:
+        runner.check(asked.adapter)
+        async with runner.turn():
+            asked.options.after(len(asked.ids), runner.context)
+            logs = await runner.next(asked.ids, asked.adapter, cache=asked.cache)
+        return {"logprobs": base64.b64encode(logs.tobytes()).decode()}
+
+    @app.post("/engine/score")
+    async def scored(asked: wire.Own) -> Body:
+        runner.check(asked.adapter)
+        async with runner.turn():
+            asked.options.after(len(asked.ids) + len(asked.answer), runner.context)
+            return {"logprobs": await runner.score(asked.ids, asked.answer, asked.adapter)}
 
     @app.post("/engine/tokenize")
     async def tokenize(asked: wire.Own) -> Body:
@@ -176,8 +210,10 @@ def application(runner: Runner, name: str) -> ASGIApp:
     @app.get("/engine/state")
     async def state() -> Body:
         counted = {"requests": runner.requests, "tokens": runner.tokens, "busy": await runner.busy()}
-        model = {"model": name, "gguf": str(runner.gguf.path), "context": runner.context}
-        return {**model, "loaded": runner.loaded, **counted}
+        model = {"model": name, "gguf": str(runner.gguf.path), "adapters": [*runner.adapters]}
+        held = runner.gguf.cache_bytes(runner.context) * runner.slots
+        caches = {"context": runner.context, "slots": runner.slots, "cache_bytes": held}
+        return {**model, **caches, "loaded": runner.loaded, **counted}
 
     return app
 
@@ -187,6 +223,8 @@ def _full(model: str) -> str:
 
 
 def _text(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        error = ModelError("engine_memory", reason="MemoryError")
     return str(error) or type(error).__name__
 
 

@@ -1,49 +1,58 @@
 """llama.cpp itself, through xllamacpp: token ids in, tokens out, one request after the other.
 
 Knows llama.cpp's own port on loopback, behind a key of its own: only there can text be tokenised, and only
-there does a closed connection end a prompt that is still being read. Every prompt is computed anew
-(`cache_prompt` false), so that a greedy answer repeats to the bit. Knows nothing of Ollama's wire.
+there does a closed connection end a prompt that is still being read. A prompt is computed anew, so that a
+greedy answer repeats to the bit, unless the cache is asked for. Every request names the scale of every
+adapter: one that is not named keeps its own, and an unknown one is the base. Knows nothing of Ollama's wire.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import httpx
-
-from rag_kit.errors import ModelError
+from rag_kit.errors import AdapterNotFoundError, ModelError
 from rag_kit.models.llamacpp.gguf import Gguf
+from rag_kit.models.llamacpp.link import Link, Part, refuse
+from rag_kit.models.llamacpp.parameters import parameters, slots_for
+from rag_kit.models.llamacpp.scoring import likeliest, score
 from rag_kit.models.marks import marks, pieces
 
-BATCH = 512  # tokens of a prompt between two looks at whether it was called off
+if TYPE_CHECKING:
+    import numpy as np
+
 USER_DEFINED = 4  # a kind of token in a GGUF
-Part = dict[str, Any]
 
 
 class Runner:
-    """One model of llama.cpp, loaded when it is first needed; `tokens` counts all that it generated."""
+    """One model of llama.cpp and its adapters, loaded when first needed; `tokens` counts all that it made."""
 
-    def __init__(self, gguf: Gguf, context: int | None = None) -> None:
-        self.gguf, self.context = gguf, gguf.context(context)
+    def __init__(
+        self, gguf: Gguf, context: int | None = None, adapters: Mapping[str, Path] = MappingProxyType({})
+    ) -> None:
+        self.gguf, self.context, self.adapters = gguf, gguf.context(context), dict(adapters)
+        self.slots = slots_for(gguf, self.context, len(adapters) + 1)
         self.requests = self.tokens = 0
+        self._slot: dict[str | None, int] = {}  # whose cache lies where, the least recently used first
         self._lock = asyncio.Lock()
         self._loading: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._server: Any = None
-        self._client: httpx.AsyncClient
+        self._link: Link
         self._begin: list[int] = []
-        tokens = (gguf.metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+        self._forced: Part = {}
+        tokens, kinds = (gguf.metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+        self._vocabulary = len(tokens)
         # llama.cpp recognises these in foreign text too (Qwen's `<tool_call>`)
-        named = [name for name, kind in zip(*tokens, strict=False)
+        named = [name for name, kind in zip(tokens, kinds, strict=False)
                  if kind == USER_DEFINED and re.fullmatch(r"<\S+>", name)]  # fmt: skip
         self._named = re.compile("|".join(map(re.escape, named)) or "(?!)")
 
@@ -84,35 +93,45 @@ class Runner:
             await asyncio.wait([self._leaving])
         import xllamacpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-        params, key = xllamacpp.CommonParams(), secrets.token_urlsafe(32)
-        params.model.path = str(self.gguf.path)
-        params.port, params.api_keys, params.ui = 0, [key], False  # on 127.0.0.1, and free
-        params.n_ctx, params.n_parallel, params.n_batch, params.n_ubatch = self.context, 1, BATCH, BATCH
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
-        params.cache_ram_mib = 0  # nothing is kept from one prompt to the next
-        params.ctx_shift = params.fit_params = params.warmup = False
-        params.verbosity = 2
-        # Vectors come from the same model and context: a second one in this process would halve both.
-        params.embedding = True
-        if self.gguf.sized("pooling_type") is None:  # the last token has seen the whole text
-            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
+        params, key = parameters(self.gguf, self.context, self.slots, self.adapters, threads())
         server = await asyncio.to_thread(xllamacpp.Server, params)
-        told: Part = {"headers": {"Authorization": f"Bearer {key}"}, "trust_env": False, "timeout": None}
-        self._client = httpx.AsyncClient(base_url=server.listening_address, **told)
+        self._link, self._slot = Link(server.listening_address, key), {}
         # A server that is deleted before its loop runs hangs: have it do something first.
-        await self._post("/completion", prompt=[0], n_predict=1)
+        await self._post("/completion", prompt=[0], n_predict=1, **self._as(None))
+        held = [one["path"] for one in await self._link.ask("/lora-adapters")]
+        assert held == [str(path) for path in self.adapters.values()], (
+            "llama.cpp counts the adapters otherwise"
+        )
         self._begin = (await self._post("/tokenize", content="", add_special=True))["tokens"][:1]
+        # where this token, which is whole, is forced, all is told that is not where half a character comes
+        whole = (await self._post("/tokenize", content="a", add_special=False))["tokens"][0]
+        self._forced = {"logit_bias": [[whole, 1000.0]]}
         self._server = server
 
     async def _unload(self, loading: asyncio.Task[None]) -> None:
         await asyncio.wait([loading])
         if self._server is not None:
-            await self._client.aclose()
             await asyncio.to_thread(setattr, self, "_server", None)  # which joins llama.cpp's threads
 
     async def _post(self, route: str, **body: Any) -> Any:
-        reply = await self._client.post(route, json=body)
-        return reply.json() if reply.is_success else _refuse(reply.json())
+        return await self._link.ask(route, body)
+
+    def check(self, adapter: str | None) -> None:
+        """Raise AdapterNotFoundError where no such adapter is served; None is the base."""
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "-"
+            raise AdapterNotFoundError("engine_no_adapter", adapter=adapter, known=known)
+
+    def _as(self, adapter: str | None) -> Part:
+        """Return what makes llama.cpp answer as `adapter`, where its cache lies."""
+        self.check(adapter)
+        slot = self._slot.pop(adapter, None)
+        if slot is None:
+            full = len(self._slot) == self.slots
+            slot = self._slot.pop(next(iter(self._slot))) if full else len(self._slot)
+        self._slot[adapter] = slot
+        scales = [{"id": at, "scale": float(name == adapter)} for at, name in enumerate(self.adapters)]
+        return {"id_slot": slot, "lora": scales}
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Return the ids of `text`; control tokens are recognised in it only if `special`."""
@@ -148,36 +167,33 @@ class Runner:
             ids += await self.tokenize(text, special=of < 0)
         return self.begun(ids)
 
-    async def generate(self, ids: list[int], sampling: Part) -> AsyncGenerator[Part]:
+    async def generate(
+        self, ids: list[int], sampling: Part, adapter: str | None = None, *, cache: bool = False
+    ) -> AsyncGenerator[Part]:
         """Yield `text`, the number of `tokens` that it took and, of one, its `id`; at last the usage.
 
         A token that ends amid a character is told together with the one that completes it. Whoever closes
         the generator stops llama.cpp.
         """
         self.requests += 1
-        asked = {**sampling, "prompt": ids, "stream": True, "cache_prompt": False}
+        asked = {**sampling, "prompt": ids, "stream": True, "cache_prompt": cache, **self._as(adapter)}
         made = 0
-        async with self._client.stream("POST", "/completion", json=asked) as reply:
-            if not reply.is_success:
-                _refuse(json.loads(await reply.aread()))
-            async for line in reply.aiter_lines():
-                kind, _, data = line.partition(": ")
-                if not data:
-                    continue
-                part = json.loads(data)
-                if kind == "error" or "error" in part:
-                    _refuse(part)
+        async with aclosing(self._link.events("/completion", asked)) as parts:
+            async for part in parts:
                 new, made = part["tokens_predicted"] - made, part["tokens_predicted"]
                 self.tokens += new
                 if part["stop"]:
                     timings = part["timings"]
                     reason = "length" if part["stop_type"] == "limit" else "stop"
-                    yield _usage(reason, len(ids), timings["prompt_ms"], made, timings["predicted_ms"])
+                    usage = _usage(reason, len(ids), timings["prompt_ms"], made, timings["predicted_ms"])
+                    yield usage | {"cached": timings["cache_n"]}
                     return
                 yield {"text": part["content"], "tokens": new, "id": part["tokens"][0] if new == 1 else None}
-        _refuse({"message": "its answer has no end"})
+        refuse({"message": "its answer has no end"})
 
-    async def steps(self, ids: list[int], sampling: Part, top: int) -> AsyncGenerator[Part]:
+    async def steps(
+        self, ids: list[int], sampling: Part, top: int, adapter: str | None = None, *, cache: bool = False
+    ) -> AsyncGenerator[Part]:
         """Yield each token: `id`, `text`, and its `top` rivals' log-probabilities before sampling.
 
         llama.cpp has no log-probabilities for a token that ends amid a character, so tokens are asked for
@@ -185,7 +201,7 @@ class Runner:
         the answer is told too; a stop string ends it uncut.
         """
         self.requests += 1
-        forced = {"logit_bias": [[(await self.tokenize("a", special=False))[0], 1000.0]]}
+        sampling = {**sampling, **self._as(adapter)}
         made: list[int] = []
         text, reason, times = "", "length", [time.perf_counter()]
         while len(made) < sampling["n_predict"] and reason == "length":
@@ -193,10 +209,12 @@ class Runner:
             asked["seed"] += len(made) if asked["seed"] >= 0 else 0
             # the first step computes the prompt, also when it is forced: with all but the last token at
             # hand, that one alone would come out a little different
-            asked["cache_prompt"] = bool(made)
+            asked["cache_prompt"] = cache or bool(made)
             told = await self._post("/completion", **asked)
             logs = told.get("completion_probabilities")
-            logs = logs or (await self._post("/completion", **asked | forced))["completion_probabilities"]
+            logs = (
+                logs or (await self._post("/completion", **asked | self._forced))["completion_probabilities"]
+            )
             made += told["tokens"]
             self.tokens += 1
             before, ends = text, told["stop_type"] == "eos"
@@ -210,6 +228,24 @@ class Runner:
         spent = [(times[at] - times[0]) * 1e3 for at in (1, -1)]
         yield _usage(reason, len(ids), spent[0], len(made), spent[1] - spent[0])
 
+    async def next(self, ids: list[int], adapter: str | None, *, cache: bool = False) -> np.ndarray:
+        """Return the log-probabilities of the token after `ids`, before sampling: float32, by token id."""
+        import numpy as np
+
+        self.requests += 1
+        asked = {"prompt": ids, "cache_prompt": cache, **self._forced, **self._as(adapter)}
+        found = await likeliest(self._link, asked, self._vocabulary)
+        logs = np.full(self._vocabulary, -np.inf, dtype="<f4")
+        logs[list(found)] = list(found.values())
+        return logs
+
+    async def score(self, ids: list[int], answer: list[int], adapter: str | None) -> list[float]:
+        """Return the log-probability of each token of `answer`, before sampling, where it follows `ids`."""
+        self.requests += 1
+        self.tokens += len(answer)
+        asked = self._forced | self._as(adapter)
+        return await score(self._link, ids, answer, self._vocabulary, asked)
+
     async def embed(self, ids: list[list[int]]) -> list[list[float]]:
         """Return one vector of length 1 for each list of ids."""
         self.requests += 1
@@ -221,7 +257,7 @@ class Runner:
 
         Asked more than once a second, it puts off the end of a prompt that is still being read.
         """
-        return self.loaded and bool((await self._client.get("/slots")).json()[0]["is_processing"])
+        return self.loaded and any(slot["is_processing"] for slot in await self._link.ask("/slots"))
 
 
 def threads() -> int:
@@ -238,8 +274,3 @@ def _usage(reason: str, prompt: int, prompt_ms: float, tokens: int, ms: float) -
     """Name what a generation came to as Ollama does, in nanoseconds."""
     read = {"prompt_eval_count": prompt, "prompt_eval_duration": round(prompt_ms * 1e6)}
     return {"done_reason": reason, **read, "eval_count": tokens, "eval_duration": round(ms * 1e6)}
-
-
-def _refuse(reply: Part) -> Any:
-    error = reply.get("error") or reply
-    raise ModelError("engine_refused", reason=error.get("message") or error)

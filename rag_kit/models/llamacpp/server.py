@@ -1,13 +1,16 @@
 """The child of the engine process: lets in who has the key, and ends with its parent.
 
 Knows sockets, keys and the parent; knows nothing of what is answered. Run by `process.py` alone: a line of
-configuration comes on standard input, the word `ready` goes out, and the end of the input is the end.
+configuration comes on standard input, the word `ready` goes out, and the end of the input is the end. After
+the line `drain`, because another child serves from now on, no connection is accepted any more; `drained` goes
+out when every request that can still come here has begun, and what has begun is finished.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import ipaddress
 import json
 import os
 import socket
@@ -15,9 +18,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from secrets import compare_digest
 from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlsplit
 
 from rag_kit.errors import message, use_language
 from rag_kit.models.llamacpp.gguf import explain
@@ -28,19 +34,39 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOK_S = 0.5  # between two looks at whether the parent lives
-KEEP_S = 60  # longer than clients keep idle connections, so that none is closed under a request
+LINGER_S = 2.0  # for a connection that asks nothing
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def guarded(app: ASGIApp, key: str, port: int) -> ASGIApp:
-    """Let in requests of this machine that have the key, and end the work of a client that goes away."""
-    hosts = {f"{host}:{port}".encode() for host in ("127.0.0.1", "localhost", "[::1]")}
+def guarded(app: ASGIApp, key: str, port: int, public: str | None = None) -> ASGIApp:
+    """Let in requests of this machine that have the key, and end the work of a client that goes away.
+
+    Where `public` is the host that others may use, Ollama's routes need no key; it, this machine's name and,
+    if it is beyond loopback, any address will do as Host: no page of the web can come by one of those names.
+    """
+    names = {*LOOPBACK, *([public.lower(), socket.gethostname().lower()] if public else [])}
+
+    def welcome(host: bytes | None) -> bool:
+        try:
+            found = urlsplit("//" + (host or b"").decode())
+            if public is None and found.port != port:
+                return False
+            return found.hostname in names or bool(
+                public not in (None, *LOOPBACK) and ipaddress.ip_address(found.hostname or "")
+            )
+        except ValueError:
+            return False
 
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.responses import JSONResponse
 
         headers = dict(scope["headers"])
-        local = headers.get(b"host") in hosts
-        if not local or not compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode()):
+        local = welcome(headers.get(b"host"))
+        if b"origin" in headers:  # a browser says which page asks
+            local = local and welcome(headers[b"origin"].rpartition(b"//")[2])
+        free = public is not None and not scope["path"].startswith("/engine")
+        known = compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode())
+        if not local or not (free or known):
             refused = JSONResponse({"error": message("engine_closed")}, 401 if local else 403)
             return await refused(scope, receive, send)
         # Ollama reads JSON under any name, such as the one that `curl -d` gives it
@@ -66,21 +92,40 @@ def guarded(app: ASGIApp, key: str, port: int) -> ASGIApp:
     return guard
 
 
-async def serve(config: dict[str, Any], ready: TextIO) -> None:
+async def serve(config: dict[str, Any], ready: TextIO, parent: int) -> None:
     """Load the model, say so, and serve on the parent's socket until the parent ends or ends us."""
-    listener, path = _socket(config["socket"]), Path(config["gguf"])
-    runner = Runner(explain(path, config["context"]), config["context"])
+    listener, path, drain = _socket(config["socket"]), Path(config["gguf"]), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    _stay_with(parent, lambda: loop.call_soon_threadsafe(drain.set))
+    adapters = {name: Path(path) for name, path in config["adapters"].items()}
+    runner = Runner(explain(path, config["context"]), config["context"], adapters)
     loading = asyncio.ensure_future(runner.load())
     await asyncio.sleep(0)  # what follows is imported while the model loads
 
     import uvicorn
 
-    app = guarded(application(runner, config["name"]), config["key"], listener.getsockname()[1])
+    routes = application(runner, config["name"])
+    app = guarded(routes, config["key"], listener.getsockname()[1], config["public"])
     quiet: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_level": "warning", "access_log": False}
-    server = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=KEEP_S, **quiet))
+    # No connection waits for a second request, so that none can be closed, or drained, under one.
+    server = uvicorn.Server(uvicorn.Config(app, headers=[("Connection", "close")], **quiet))
     await loading
     print("ready", file=ready, flush=True)
+    draining = asyncio.ensure_future(_drained(server, listener, drain, ready))
     await server.serve(sockets=[listener])
+    draining.cancel()
+
+
+async def _drained(server: Any, listener: socket.socket, drain: asyncio.Event, ready: TextIO) -> None:
+    await drain.wait()
+    with suppress(NotImplementedError):  # on Windows, where closing the socket below does it
+        asyncio.get_running_loop().remove_reader(listener)
+    end = time.monotonic() + LINGER_S
+    await asyncio.sleep(0.02)  # until what has just been accepted is a connection
+    while time.monotonic() < end and any(one.cycle is None for one in server.server_state.connections):
+        await asyncio.sleep(0.01)
+    print("drained", file=ready, flush=True)
+    server.should_exit = True  # when every answer has been given
 
 
 def _socket(shared: int | str) -> socket.socket:
@@ -89,11 +134,12 @@ def _socket(shared: int | str) -> socket.socket:
     return socket.socket(fileno=int(shared))
 
 
-def _stay_with(parent: int) -> None:
-    """End when standard input does, or when the parent is another: whichever is seen first."""
+def _stay_with(parent: int, drain: Callable[[], object]) -> None:
+    """End when standard input does, or when the parent is another; call `drain` when a line comes in."""
 
     def listen() -> None:
-        sys.stdin.read()
+        for _ in sys.stdin:
+            drain()
         os._exit(0)
 
     def look() -> None:
@@ -110,5 +156,5 @@ if __name__ == "__main__":
     use_language(config["language"])
     ready = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp may write there
-    _stay_with(parent)
-    asyncio.run(serve(config, ready))
+    asyncio.run(serve(config, ready, parent))
+    os._exit(0)  # drained: there is nothing to tidy up

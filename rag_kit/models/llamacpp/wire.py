@@ -6,6 +6,7 @@ Knows names and forms; knows nothing of HTTP or of llama.cpp.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -29,6 +30,7 @@ class Sampling(BaseModel):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = -1
+    ignore_eos: bool = False
     stop: list[str] | str = []
     num_predict: int = -1
     num_ctx: int | None = None
@@ -101,15 +103,18 @@ class Asked(BaseModel):
 
 class Own(BaseModel):
     """What our own routes take: `text` to ids, where control tokens are recognised only if `special`, or
-    `ids` to an answer, with so many `logprobs` of each token.
+    `ids` to an answer, with so many `logprobs` of each token, or an `answer` to be scored. With `cache`, what
+    the adapter's last prompt begins with too is not computed again.
     """
 
     text: str = ""
     special: bool = False
     ids: list[int] = []
     options: Sampling = Sampling()
+    answer: list[int] = []
     logprobs: int = 0
     adapter: str | None = None
+    cache: bool = False
 
 
 def time_of(timestamp: float) -> str:
@@ -117,27 +122,29 @@ def time_of(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat().replace("+00:00", "Z")
 
 
-def entry(gguf: Gguf, name: str, digest: str) -> dict[str, Any]:
-    """Return the model's entry in the list of models."""
-    named = {"name": name, "model": name, "size": gguf.size, "digest": digest}
-    return {**named, "modified_at": time_of(gguf.path.stat().st_mtime), "details": _details(gguf)}
+def entry(gguf: Gguf, name: str, digest: str, base: str = "", adapter: Path | None = None) -> dict[str, Any]:
+    """Return the model's entry in the list of models: that of a base, or of an adapter on it."""
+    size = gguf.size + (adapter.stat().st_size if adapter and adapter.exists() else 0)
+    named = {"name": name, "model": name, "size": size, "digest": digest}
+    when = time_of(gguf.path.stat().st_mtime)
+    return {**named, "modified_at": when, "details": _details(gguf, base)}
 
 
-def shown(gguf: Gguf) -> dict[str, Any]:
+def shown(gguf: Gguf, base: str = "", adapter: Path | None = None) -> dict[str, Any]:
     """Return the answer to `POST /api/show`; long lists are left out, as Ollama leaves them out."""
     info = {key: None if isinstance(value, list) and len(value) > 64 else value
             for key, value in gguf.metadata.items() if key != "tokenizer.chat_template"}  # fmt: skip
     return {
-        "modelfile": f"FROM {gguf.path.name}",
+        "modelfile": f"FROM {gguf.path.name}" + (f"\nADAPTER {adapter.name}" if adapter else ""),
         "template": gguf.template or "",
-        "details": _details(gguf),
+        "details": _details(gguf, base),
         "model_info": info | {"general.parameter_count": gguf.parameters},
-        "capabilities": ["completion", "embedding"],
+        "capabilities": ["completion"] if adapter else ["completion", "embedding"],
     }
 
 
-def _details(gguf: Gguf) -> dict[str, Any]:
+def _details(gguf: Gguf, base: str) -> dict[str, Any]:
     count, family = gguf.parameters, gguf.architecture
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
-    kind = {"format": "gguf", "family": family, "families": [family], "parent_model": ""}
+    kind = {"format": "gguf", "family": family, "families": [family], "parent_model": base}
     return {**kind, "parameter_size": size, "quantization_level": gguf.quantization}

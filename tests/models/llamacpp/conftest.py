@@ -67,6 +67,37 @@ def q8(reader: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lora(reader: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Write an adapter over the embedded base whose effect depends on its number."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    def write(number: int) -> Path:
+        import numpy as np
+        from gguf import GGUFWriter
+
+        path, random = folder / f"适配器{number}.gguf", np.random.default_rng(number)
+        if path.exists():
+            return path
+        writer = GGUFWriter(path, "llama")
+        writer.add_string("general.type", "adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 8.0)
+        for tensor in reader.tensors:
+            if tensor.name in ("blk.2.attn_q.weight", "blk.9.ffn_down.weight", "blk.20.attn_output.weight"):
+                wide, high = map(int, tensor.shape)
+                for half, shape in (("lora_a", (4, wide)), ("lora_b", (high, 4))):
+                    values = random.normal(0, 0.08, shape).astype(np.float32)
+                    writer.add_tensor(f"{tensor.name}.{half}", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def other(q8: Path) -> Iterator[EngineProcess]:
     with EngineProcess(q8, name="other", context=512) as running:
         yield running

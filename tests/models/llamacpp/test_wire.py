@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import httpx
 import ollama
@@ -192,6 +193,7 @@ def test_an_error_amid_a_stream_is_a_line():
     import uvicorn
 
     class Broken:
+        adapters: ClassVar[dict] = {}
         context, gguf = 100, None
 
         @contextlib.asynccontextmanager
@@ -201,7 +203,7 @@ def test_an_error_amid_a_stream_is_a_line():
         async def render(self, messages, name):
             return [1]
 
-        async def generate(self, ids, sampling):
+        async def generate(self, ids, sampling, adapter):
             yield {"text": "好"}
             raise RuntimeError("the memory is gone")
 
