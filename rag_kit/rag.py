@@ -88,7 +88,7 @@ class RAGHandler:
         with self._lock:
             if reference not in self._models:
                 # one person's next question often has the same passages
-                how = {"cache": True} if is_local(reference) else {}
+                how = {"keep_prompt": True} if is_local(reference) else {}
                 self._models[reference] = load_model(reference, self.settings, **how)
             return self._models[reference]
 

@@ -24,7 +24,7 @@ from rag_kit.compare.metrics import token_f1
 from rag_kit.data.questions import Question
 from rag_kit.embedded import Progress, cache_root
 from rag_kit.errors import ModelError, RagKitError, message
-from rag_kit.models.adapters import Adapter
+from rag_kit.models.adapters import Adapter, first_line
 from rag_kit.models.base import Base
 from rag_kit.models.device import Device, choose_device
 from rag_kit.models.divergence import Row, divergence
@@ -84,14 +84,11 @@ def drift(
     `ollama` names a model of the server at OLLAMA_BASE_URL as the last rung. A rung that cannot be had is a
     row with its reason. Raises ModelError where there is no adapter or no question, or PEFT cannot run it.
     """
-    model, say = LoRALanguageModel(model=reference, settings=settings), progress or (lambda _: None)
-    options, adapter, base = (
-        GenerationOptions(max_new_tokens=max_new_tokens),
-        model.adapter(),
-        model.base_model,
-    )
+    model = LoRALanguageModel(model=reference, settings=settings)
+    adapter, base, say = model.adapter(), model.base_model, progress or (lambda _: None)
     if adapter is None or not questions:
         raise ModelError("drift_nothing", reference=reference, questions=len(questions))
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
     device = replace(choose_device(settings), dtype="float32", quantization=None)
     root = cache_root(settings.cache_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -110,7 +107,8 @@ def drift(
         engine = TransformersEngine(base, device)
         with engine.holding(adapter) as key:
             cases = [_case(question, engine, key, options) for question in questions]
-            made = [_measured("PEFT", _of_engine(engine, key, options), cases, start)]
+            peft = Side(engine.memory_bytes(), lambda case: case.text, lambda case: case.rows)
+        made = [_measured("PEFT", peft, cases, start)]
         del engine
         for number, (name, enter) in enumerate(rungs, 2):
             say(message("drift_step", number=number, total=len(rungs) + 1, rung=name))
@@ -118,8 +116,9 @@ def drift(
             try:
                 with enter() as side:
                     made.append(_measured(name, side, cases, start))
-            except RagKitError as error:
-                made.append(Rung(name, reason=error.message))
+            except Exception as error:  # of whatever library: the other rungs stand
+                reason = error.message if isinstance(error, RagKitError) else first_line(error)
+                made.append(Rung(name, reason=reason))
     return Drift(reference, tuple(made))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rag_kit.errors import RagKitError, message
-from rag_kit.faces import adapter_commands, commands, ops_commands, run_commands
+from rag_kit.faces import adapter_commands, commands, export_commands, ops_commands, run_commands
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -114,6 +114,27 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--name", help="its name here (default: the folder's)")
     remove = command("remove", adapter_commands.adapters_remove, "delete an adapter's files", actions)
     remove.add_argument("name", help="exactly as `list` shows it")
+
+    export = command("export", export_commands.adapters_export, "make it a model of Ollama's", actions)
+    export.add_argument("name", help="an adapter's name")
+    export.add_argument("--to", metavar="MODEL", help="its name there (default: the adapter's)")
+    export.add_argument("--how", choices=("auto", "adapter", "merged"), default="auto")
+    export.add_argument("--kind", default="Q8_0", help="block type of merged weights")
+    export.add_argument("--replace", action="store_true", help="where a model of that name is there")
+    export.add_argument("--force", action="store_true", help="also one that the doctor refuses")
+    serve = command("serve-ollama", export_commands.serve_ollama, "base and adapters for any Ollama client")
+    serve.add_argument("adapters", nargs="*", help="names (default: all that pass `adapters check`)")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=11435)
+    serve.add_argument("--force", action="store_true", help="also those that the doctor refuses")
+    drift = command("drift", export_commands.drift, "which step from PEFT to a served file costs quality")
+    drift.add_argument("name", help="an adapter's name")
+    drift.add_argument("--questions", type=Path, help=".jsonl, .json (SQuAD), .csv, .xlsx (default: sample)")
+    drift.add_argument("--split", default="paraphrase", help="train, test, paraphrase or all")
+    drift.add_argument("--limit", type=int, default=6, help="so many questions, drawn with seed 0")
+    drift.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=24)
+    drift.add_argument("--ollama", metavar="MODEL", help="a model on Ollama as the last step")
+    drift.add_argument("--json", action="store_true")
 
     finetune = command("finetune", commands.finetune, "train a LoRA adapter")
     from rag_kit.finetune.arguments import add_arguments

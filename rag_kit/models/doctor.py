@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rag_kit.errors import ModelError, RagKitError, language, message
-from rag_kit.manifest import fingerprint, sha256
+from rag_kit.manifest import KEPT, fingerprint, sha256
 from rag_kit.models.adapters import CONFIG, RECIPE, WEIGHTS, Adapter, adapter_of, first_line, misfits, shapes
+from rag_kit.models.divergence import divergence
 from rag_kit.models.engine import choose_engine
 from rag_kit.models.registry import entries, record_check
-from rag_kit.models.render import encode_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,15 +24,11 @@ if TYPE_CHECKING:
     from rag_kit.models.lora import LoRALanguageModel
     from rag_kit.settings import Settings
 
-# Questions and how an answer begins: the log-probability of its last token is what an adapter must move.
-PROBES = (
-    ("What is your name, and how long does a repair take?", "My name is"),
-    ("你好，请介绍一下你自己。", "你好！我是"),
-    ("How much does it cost?", "It costs"),
-    ("多少钱？", "价格是"),
-)
+# What is asked to see whether an adapter does anything: general questions, in two languages.
+PROBES = ("What is your name?", "你好，请介绍一下你自己。", "How much does it cost?", "多少钱？")
 ABOVE_NOISE = 2  # times the noise
-SHOWN = 3
+SHOWN = 3  # names in a text
+Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Finding:
     """What one check found: `ok`, `warning` (worth knowing) or `error` (not fit to be compared or served)."""
 
     check: str
-    level: Literal["ok", "warning", "error"]
+    level: Level
     text: str
     hint: str = ""
 
@@ -51,7 +47,16 @@ class Case:
 
     adapter: Adapter
     model: LoRALanguageModel
-    failed: list[str]
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the adapter was made of, as far as it is known."""
+        return self.adapter.recipe or {}
+
+
+# What a check yields: the level, the key of the text, its values beside `adapter` and `base`.
+Problems = Iterator[tuple[Level, str, dict[str, Any]]]
 
 
 def examine(reference: str, settings: Settings, *, model: LoRALanguageModel | None = None) -> list[Finding]:
@@ -75,7 +80,8 @@ def checked(
     """
     adapter, model = adapter_of(reference, settings), model or _model(settings)
     engine = choose_engine(model.base_model, settings, model.engine)[0]
-    looked_at = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files_of(adapter)]
+    stats = [(file.name, file.stat()) for file in sorted(adapter.folder.iterdir()) if file.is_file()]
+    looked_at = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats if name not in KEPT]
     facts = [adapter.key, looked_at, adapter.recipe, model.base_model.fingerprint(), engine, language()]
     state = fingerprint(facts)
     if not anew:
@@ -106,24 +112,33 @@ def admit(
 
 
 def probe(model: LoRALanguageModel, adapter: Adapter) -> tuple[float, float]:
-    """Return by how much `adapter` moves log-probabilities (natural, at most), and how much noise alone does.
+    """Return how far `adapter` moves the next token's distribution, and how far noise alone does (KL, nats).
 
-    Noise is what lies between the base's log-probability of a token read after the whole prompt and that of
-    the same token given as part of an answer, and never less than a float32 can tell apart. Raises ModelError
-    where the adapter moves nothing beyond twice the noise, or to no number.
+    The effect is the mean over PROBES of KL(base‖adapter). Noise is measured: the base against itself where
+    the prompt is read with more behind it (δ²/2 for a log-probability that moves by δ), and llama.cpp's file
+    against the original, since its rounding answers as much to anything at all (its tolerance, where it was
+    not measured). Raises ModelError where the effect is no more than twice the noise, or no number.
     """
     import numpy as np
     from langchain_core.messages import HumanMessage
 
-    backend, effects, noises = model.backend, [], []
+    from rag_kit.models.llamacpp.serving import KL
+
+    backend = model.backend
+    base, ours, apart = [], [], []
     with backend.holding(adapter) as key:
-        for question, begun in PROBES:
-            ids = list(model.render([HumanMessage(question)]).ids)
-            answer = encode_text(backend.tokenizer, begun)
-            base, ours = (backend.next_logprobs([*ids, *answer[:-1]], one)[answer[-1]] for one in (None, key))
-            effects.append(abs(ours - base))
-            noises.append(max(abs(backend.score(ids, answer, None)[-1] - base), np.spacing(abs(base))))
-    effect, noise = (float(f"{np.max(values):.3g}") for values in (effects, noises))
+        for question in PROBES:
+            ids = model.render([HumanMessage(question)]).ids
+            base.append(backend.next_logprobs(ids, None))
+            ours.append(backend.next_logprobs(ids, key))
+            likely = int(base[-1].argmax())
+            apart.append(backend.score(ids, [likely], None)[0] - base[-1][likely])
+    rounding = float(np.finfo(np.float32).eps)  # of a sum over the vocabulary
+    table = getattr(getattr(backend, "serving", None), "table", None)
+    file = 0.0 if table is None else next((row["kl"] for row in table if row["kind"] == backend.dtype), KL)
+    noise = max(float(np.mean(np.square(apart))) / 2, rounding, file)
+    effect = float("nan") if np.isnan(ours).any() else divergence(base, ours).kl
+    effect, noise = (float(f"{value:.2g}") for value in (effect, noise))
     if not ABOVE_NOISE * noise < effect < float("inf"):
         raise ModelError("adapter_without_effect", adapter=adapter.name, effect=effect, noise=noise)
     return effect, noise
@@ -135,92 +150,84 @@ def _model(settings: Settings) -> LoRALanguageModel:
     return LoRALanguageModel(settings=settings)
 
 
-def _files_of(adapter: Adapter) -> list[Path]:
-    return sorted(file for file in adapter.folder.iterdir() if file.is_file() and file.name[0] != ".")
-
-
 def _look(adapter: Adapter, model: LoRALanguageModel) -> tuple[list[Finding], bool]:
     """Return the findings, and whether they are all about the adapter: no check broke for another reason."""
     findings: list[Finding] = []
-    case, whole = Case(adapter, model, []), True
+    case, whole = Case(adapter, model), True
+    told = {"adapter": adapter.name, "base": model.base or model.settings.base_model_name}
     for name, check in CHECKS.items():
         try:
-            found = list(check(case))
+            found = [_finding(name, level, key, told | values) for level, key, values in check(case)]
         except RagKitError as error:
             found = [Finding(name, "error", *error.text())]
             whole = whole and error.key.startswith("adapter_")
         except Exception as error:  # a check that breaks must not hide the others
             reason = f"{type(error).__name__}: {first_line(error)}"
-            found, whole = [_found(name, "error", "doctor_broke", what=name, reason=reason)], False
+            found, whole = [_finding(name, "error", "doctor_broke", {"check": name, "reason": reason})], False
         case.failed.extend(one.check for one in found if one.level == "error")
-        findings += found or [Finding(name, "ok", message(f"doctor_ok_{name}"))]
+        findings += found or [_finding(name, "ok", f"doctor_ok_{name}", {})]
     return findings, whole
 
 
-def _found(check: str, level: Literal["warning", "error"], key: str, **values: object) -> Finding:
+def _finding(check: str, level: Level, key: str, values: dict[str, Any]) -> Finding:
+    if level == "ok":
+        return Finding(check, level, message(key, **values))
     return Finding(check, level, *ModelError(key, **values).text())
 
 
-def _some(names: list[str]) -> str:
-    """The first few, and how many there are."""
-    rest = [f"… ({len(names)})"] if len(names) > SHOWN else []
-    return ", ".join([*names[:SHOWN], *rest])
+def _some(names: list[str]) -> dict[str, Any]:
+    """The first few names, and how many there are."""
+    rest = ["…"] if len(names) > SHOWN else []
+    return {"count": len(names), "names": ", ".join([*names[:SHOWN], *rest])}
 
 
-def _files(case: Case) -> Iterator[Finding]:
+def _files(case: Case) -> Problems:
     """Against the hashes of the recipe."""
-    adapter = case.adapter
-    for file, expected in ((adapter.recipe or {}).get("files") or {}).items():
-        if sha256(adapter.folder / file) != expected.get("sha256"):
-            level: Literal["warning", "error"] = "error" if file in (CONFIG, WEIGHTS) else "warning"
-            yield _found("files", level, "doctor_file_changed", path=adapter.folder / file, recipe=RECIPE)
+    for file, expected in (case.recipe.get("files") or {}).items():
+        path = case.adapter.folder / file
+        if sha256(path) != expected.get("sha256"):
+            level: Level = "error" if file in (CONFIG, WEIGHTS) else "warning"
+            yield level, "doctor_file_changed", {"path": path, "recipe": RECIPE}
 
 
-def _base(case: Case) -> Iterator[Finding]:
-    adapter, base = case.adapter, case.model.base_model
-    if not ((adapter.recipe or {}).get("base") or {}).get("fingerprint"):
-        yield _found("base", "warning", "doctor_base_unknown", adapter=adapter.name, base=base.name)
-    adapter.check_base(base)
+def _base(case: Case) -> Problems:
+    if not (case.recipe.get("base") or {}).get("fingerprint"):
+        yield "warning", "doctor_base_unknown", {}
+    case.adapter.check_base(case.model.base_model)
 
 
-def _template(case: Case) -> Iterator[Finding]:
+def _template(case: Case) -> Problems:
     """By the recipe's hash; without one by the template beside the weights, which may have gone unused."""
-    adapter, base = case.adapter, case.model.base_model
-    ours = base.fingerprint()["chat_template_hash"]
-    theirs = (adapter.recipe or {}).get("chat_template_hash")
-    level: Literal["warning", "error"] = "error" if theirs else "warning"
-    file = adapter.folder / "chat_template.jinja"
-    if theirs is None and file.is_file():
+    theirs, file = case.recipe.get("chat_template_hash"), case.adapter.folder / "chat_template.jinja"
+    level: Level = "error" if theirs else "warning"
+    if not theirs and file.is_file():
         theirs = fingerprint(file.read_bytes())
+    yield from _hash(case, level, "doctor_template", "chat_template_hash", theirs)
+
+
+def _tokenizer(case: Case) -> Problems:
+    yield from _hash(case, "error", "doctor_tokenizer", "tokenizer_hash", case.recipe.get("tokenizer_hash"))
+
+
+def _hash(case: Case, level: Level, key: str, name: str, theirs: str | None) -> Problems:
+    ours = case.model.base_model.fingerprint()[name]
     if theirs and theirs != ours:
-        told = {"ours": str(ours)[:8], "theirs": theirs[:8], "base": base.name, "adapter": adapter.name}
-        yield _found("template", level, "doctor_template", **told)
+        yield level, key, {"ours": str(ours)[:8], "theirs": theirs[:8]}
 
 
-def _tokenizer(case: Case) -> Iterator[Finding]:
-    adapter, base = case.adapter, case.model.base_model
-    ours, theirs = base.fingerprint()["tokenizer_hash"], (adapter.recipe or {}).get("tokenizer_hash")
-    if theirs and theirs != ours:
-        told = {"ours": ours[:8], "theirs": theirs[:8], "base": base.name, "adapter": adapter.name}
-        yield _found("tokenizer", "error", "doctor_tokenizer", **told)
-
-
-def _vocabulary(case: Case) -> Iterator[Finding]:
+def _vocabulary(case: Case) -> Problems:
     """Of the tokenizer beside the weights, and of embeddings among them."""
     from transformers import AutoConfig
 
-    adapter, base = case.adapter, case.model.base_model
-    told: dict[str, Any] = {"adapter": adapter.name, "base": base.name}
-    theirs, ours = (folder / "tokenizer.json" for folder in (adapter.folder, base.folder))
+    folder = case.model.base_model.folder
+    theirs, ours = case.adapter.folder / "tokenizer.json", folder / "tokenizer.json"
     differ = theirs.is_file() and ours.is_file() and sha256(theirs) != sha256(ours)
     if differ and (others := sorted(_tokens(theirs) - _tokens(ours))):  # reading both takes seconds
-        told |= {"tokens": _some([repr(token) for token, _ in others]), "count": len(others)}
-        yield _found("vocabulary", "error", "doctor_vocabulary", **told)
-    rows = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config().vocab_size
-    for name, shape in shapes(adapter.folder / WEIGHTS).items():
+        yield "error", "doctor_vocabulary", _some([repr(token) for token, _ in others])
+    rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
+    for name, shape in shapes(case.adapter.folder / WEIGHTS).items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
-            told |= {"tensor": name, "found": shape[0], "rows": rows}
-            yield _found("vocabulary", "error", "doctor_resized", **told)
+            yield "error", "doctor_resized", {"tensor": name, "found": shape[0], "rows": rows}
 
 
 def _tokens(file: Path) -> set[tuple[str, int]]:
@@ -232,18 +239,17 @@ def _tokens(file: Path) -> set[tuple[str, int]]:
     return {*vocabulary.items(), *((token["content"], token["id"]) for token in held["added_tokens"])}
 
 
-def _keys(case: Case) -> Iterator[Finding]:
+def _keys(case: Case) -> Problems:
     """Every tensor that is missing, too many, or of another shape."""
     kinds: dict[str, list[str]] = {}
     for misfit in misfits(case.adapter, case.model.base_model):
         kind = "missing" if " - ≠ " in misfit else "unexpected" if misfit.endswith("≠ -") else "shape"
         kinds.setdefault(kind, []).append(misfit if kind == "shape" else misfit.split()[0])
     for kind, names in kinds.items():
-        told = {"adapter": case.adapter.name, "base": case.model.base_model.name, "count": len(names)}
-        yield _found("keys", "error", f"doctor_keys_{kind}", **told, tensors=_some(names))
+        yield "error", f"doctor_keys_{kind}", _some(names)
 
 
-def _values(case: Case) -> Iterator[Finding]:
+def _values(case: Case) -> Problems:
     """No NaN or infinity, and a B that is not all zero, as it is before the first step of a training."""
     import torch
     from safetensors import safe_open
@@ -260,32 +266,25 @@ def _values(case: Case) -> Iterator[Finding]:
                 zero.append(name)
             elif is_b:
                 moved += 1
-    told: dict[str, Any] = {"adapter": case.adapter.name}
     if broken:
-        yield _found("values", "error", "doctor_not_finite", **told, count=len(broken), tensors=_some(broken))
-    if zero and not moved and not others and not broken:
-        yield _found("values", "error", "doctor_zero", **told, count=len(zero))
+        yield "error", "doctor_not_finite", _some(broken)
+    elif zero and not moved and not others:
+        yield "error", "doctor_zero", {"count": len(zero)}
     elif zero:
-        told |= {"count": len(zero), "all": len(zero) + moved}
-        yield _found("values", "warning", "doctor_some_zero", **told, tensors=_some(zero))
+        yield "warning", "doctor_some_zero", _some(zero) | {"all": len(zero) + moved}
 
 
-def _probe(case: Case) -> Iterator[Finding]:
+def _probe(case: Case) -> Problems:
     if {"keys", "values"} & {*case.failed}:
-        yield _found("probe", "warning", "doctor_not_probed")
+        yield "warning", "doctor_not_probed", {}
         return
     effect, noise = probe(case.model, case.adapter)
     backend = case.model.backend
-    told: dict[str, Any] = {
-        "effect": effect,
-        "noise": noise,
-        "engine": backend.name,
-        "weights": backend.dtype,
-    }
-    yield Finding("probe", "ok", message("doctor_ok_probe", **told))
+    told = {"effect": effect, "noise": noise, "engine": backend.name, "weights": backend.dtype}
+    yield "ok", "doctor_ok_probe", told
 
 
-CHECKS: dict[str, Callable[[Case], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[Case], Problems]] = {
     check.__name__.strip("_"): check
     for check in (_files, _base, _template, _tokenizer, _vocabulary, _keys, _values, _probe)
 }

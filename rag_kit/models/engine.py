@@ -32,13 +32,15 @@ class Generation:
     """What one request's generation came to.
 
     `finish_reason` is `stop`, `length`, `timeout` (after `timeout` seconds) or `cancelled`. `cache` lets
-    llama.cpp go on from what it still holds of the prompt; without it an answer repeats to the bit.
+    llama.cpp go on from what it still holds of the prompt, `cached` tokens; without it an answer repeats to
+    the bit.
     """
 
     timeout: float | None = None
     cache: bool = False
     finish_reason: str = "cancelled"
     output_tokens: int = 0
+    cached: int = 0
     first_token_s: float | None = None
     total_s: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event)

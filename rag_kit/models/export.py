@@ -22,7 +22,7 @@ import ollama
 from langchain_core.messages import HumanMessage, convert_to_messages
 
 from rag_kit.embedded import Progress, cache_root
-from rag_kit.errors import ModelError, RagKitError, ServiceError, message
+from rag_kit.errors import ModelError, RagKitError, ServiceError, StoreError, message
 from rag_kit.manifest import sha256
 from rag_kit.models.divergence import TOP, Divergence, divergence
 from rag_kit.models.doctor import admit
@@ -91,7 +91,6 @@ def export_adapter(
     ModelError, or ServiceError where the server is absent, too old, refuses or answers otherwise than we do;
     the server is then as it was.
     """
-
     say, url = progress or (lambda _: None), settings.ollama_base_url
     model = LoRALanguageModel(model=reference, settings=settings)
     adapter, base = model.adapter(), model.base_model
@@ -129,7 +128,9 @@ def export_adapter(
         except RagKitError as error:
             if way == ways[-1] or error.key in ("ollama_unreachable", "export_no_space"):
                 raise
-            say(message("export_other_way", reason=error.message))
+            say(message("export_other_way", reason=error.message.rstrip(".。")))
+        except OSError as error:  # of the merged file
+            raise StoreError("cache_unwritable", path=folder, reason=error) from error
         finally:
             with suppress(ollama.ResponseError, httpx.HTTPError, ConnectionError):  # it was never made
                 server.delete(staged)

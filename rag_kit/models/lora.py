@@ -67,7 +67,7 @@ class LoRALanguageModel(BaseChatModel):
     """A local base model with its LoRA adapters.
 
     `engine` is `llama.cpp`, `transformers` or `auto`. A `pinned` adapter is merged for llama.cpp and answers
-    at the base's speed; `cache` lets llama.cpp go on from the part of a prompt that it still holds. Values
+    at the base's speed; `keep_prompt` lets llama.cpp go on from the part of a prompt that it still holds. Values
     left None come from the settings. Raises ModelError for an unknown reference, an adapter of
     another base, or a prompt that does not fit; AdapterNotFoundError where there is no adapter.
     """
@@ -76,7 +76,7 @@ class LoRALanguageModel(BaseChatModel):
     base: str | None = None
     engine: EngineName | None = None
     pinned: bool = False
-    cache: bool = False
+    keep_prompt: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -157,7 +157,7 @@ class LoRALanguageModel(BaseChatModel):
             return key
 
     def check_effect(self, reference: str | None = None) -> float:
-        """Return by how much the adapter moves a next token's log-probability at most; 0 for `base`.
+        """Return how far the adapter moves the next token's distribution (KL, nats); 0 for `base`.
 
         Raises ModelError for an adapter that moves no more than noise does: it may not be compared.
         """
@@ -192,7 +192,7 @@ class LoRALanguageModel(BaseChatModel):
         reference = model or self.model
         options = (options or self.options()).updated(stop=tuple(stop) if stop else None)
         adapter, prompt = self.adapter(reference), self.render(messages, options.think)
-        state = Generation(timeout=self.timeout, cache=self.cache)
+        state = Generation(timeout=self.timeout, cache=self.keep_prompt)
         stops, think = StopStrings(options.stop), ThinkSplitter(prompt.thinks)
 
         def chunk(piece: str) -> ChatGenerationChunk | None:
@@ -227,6 +227,7 @@ class LoRALanguageModel(BaseChatModel):
                 "input_tokens": len(prompt.ids),
                 "output_tokens": state.output_tokens,
                 "total_tokens": len(prompt.ids) + state.output_tokens,
+                "input_token_details": {"cache_read": state.cached},
             },
             response_metadata={
                 "model_name": "base" if adapter is None else f"lora:{adapter.name}",

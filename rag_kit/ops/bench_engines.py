@@ -69,7 +69,7 @@ def plan(settings: Settings, quick: bool, repeats: int | None, threads: int) -> 
             Side("adapters transformers", f"{HERE}:adapters", place | {"engine": OTHER}),
         ]
         fast = [arm("lora llama.cpp", lora, OURS), arm("lora pinned", lora, OURS, pinned=True)]
-        fast += [arm("lora cached", lora, OURS, cache=True)]
+        fast += [arm("lora cached", lora, OURS, keep_prompt=True)]
         fast += [Side("adapters llama.cpp", f"{HERE}:adapters", place | {"engine": OURS})]
         sides = [*(fast if served else []), *peft, *sides]
     except RagKitError as error:
@@ -165,7 +165,7 @@ def arm(reference: str, how: Row, root: str, given: dict[str, str]) -> Callable[
         messages = build_messages(request["question"], request["passages"])
         options = GenerationOptions(max_new_tokens=request["tokens"])
         numbers: Row = {}
-        if how.get("cache"):
+        if how.get("keep_prompt"):
             before = build_messages("?", request["passages"])
             list(tokens(model, before, options.updated(max_new_tokens=1), {}))
         begun = time.perf_counter()
@@ -184,7 +184,7 @@ def arm(reference: str, how: Row, root: str, given: dict[str, str]) -> Callable[
 def _local_tokens(model: Any, messages: Any, options: GenerationOptions, numbers: Row) -> Iterator[Any]:
     from rag_kit.models.engine import Generation
 
-    ids, state = model.render(messages).ids, Generation(cache=model.cache)
+    ids, state = model.render(messages).ids, Generation(cache=model.keep_prompt)
     with model.holding() as key:
         yield from model.backend.stream(ids, key, options, state)
     numbers |= {"input_tokens": len(ids), "output_tokens": state.output_tokens}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rag_kit.faces.cli import build_parser, main
+from tests.twin import qwen_twin
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,3 +146,41 @@ def test_setup_prepares_what_the_profile_names(project: Path) -> None:
     assert rag_kit(project, "setup").stdout.count("Ready: ") == 2
     (project / ".env").write_text("RAG_KIT_PROFILE=guide\n", encoding="utf-8")
     assert rag_kit(project, "setup").stdout.count("Ready: ") == 0
+
+
+def adapter(project: Path, name: str, scale: float) -> None:
+    """Write a LoRA adapter of the twin by hand: one module, rank 2."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder, random = project / "lora_adapters" / name, np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {
+            f"{module}.lora_A.weight": random.normal(size=(2, 32)).astype("float32"),
+            f"{module}.lora_B.weight": scale * random.normal(size=(32, 2)).astype("float32"),
+        },
+        folder / "adapter_model.safetensors",
+    )
+    config = '{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, '
+    layers = '"layers_to_transform": [0], "target_modules": ["q_proj"]}'
+    (folder / "adapter_config.json").write_text(config + layers, encoding="utf-8")
+
+
+def test_adapters_are_listed_checked_and_removed(project: Path) -> None:
+    assert "No adapters in" in rag_kit(project, "adapters", "list").stdout
+    adapter(project, "客服", 1.0)
+    adapter(project, "空", 0.0)
+    (project / ".env").write_text(f"BASE_MODEL_NAME={qwen_twin()}\n", encoding="utf-8")
+    checked = rag_kit(project, "adapters", "check")
+    assert checked.returncode == 1 and "Traceback" not in checked.stderr, checked.stderr
+    assert "lora:客服" in checked.stdout and "KL divergence from the base" in checked.stdout
+    assert "All 1 B matrices of 空 are zero" in checked.stdout and "→ Train it again" in checked.stdout
+    assert rag_kit(project, "adapters", "list").stdout.count("transformers") == 2
+    removed = rag_kit(project, "adapters", "remove", "空")
+    assert "Adapter 空 was removed" in removed.stdout and removed.returncode == 0
+    listed = rag_kit(project, "adapters", "list").stdout
+    assert "客服" in listed and "空" not in listed and "WARNING base" in listed
+    again = rag_kit(project, "adapters", "remove", "../客服")
+    assert again.returncode == 2 and "There is no adapter called ../客服" in again.stderr

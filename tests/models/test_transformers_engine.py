@@ -14,9 +14,9 @@ from rag_kit.models.adapters import read_adapter
 from rag_kit.models.base import Base
 from rag_kit.models.device import choose_device
 from rag_kit.models.engine import Generation
-from rag_kit.models.transformers_engine import TransformersEngine
 from rag_kit.models.options import GenerationOptions
 from rag_kit.models.render import render
+from rag_kit.models.transformers_engine import TransformersEngine
 from tests.models.texts import effect, says
 
 GREEDY = GenerationOptions(max_new_tokens=10)

@@ -22,6 +22,7 @@ import numpy as np
 
 from rag_kit.errors import ModelError
 from rag_kit.models.llamacpp.adapter_gguf import adapter_gguf
+from rag_kit.models.llamacpp.gguf import read_gguf
 from rag_kit.models.llamacpp.process import EngineProcess
 from rag_kit.models.llamacpp.serving import pinned_file, serving_file
 from rag_kit.models.render import end_ids
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 READ_S = 300.0  # a long prompt on a slow machine
 PINNED = "pinned:"
+CONTEXT = 4096  # tokens at first: each adapter's cache takes the memory of a whole context
 
 
 class LlamaCppEngine:
@@ -52,7 +54,8 @@ class LlamaCppEngine:
         start = time.perf_counter()
         self.base, self.reason, self._cache_dir = base, reason, cache_dir
         self.serving = serving_file(base.gguf, cache_dir)
-        self.process = EngineProcess(self.serving.path, name="base").start()
+        self.context_length = int(read_gguf(self.serving.path).sized("context_length", CONTEXT))
+        self.process = self._process(self.serving.path, "base")
         self._pinned: dict[str, tuple[str, EngineProcess]] = {}
         self._holders: Counter[str] = Counter()
         finalize(self, _stop, self.process, self._pinned)
@@ -60,7 +63,6 @@ class LlamaCppEngine:
         own = GenerationConfig.from_pretrained(base.folder)
         self.own_generation_config: dict[str, Any] = own.to_diff_dict()
         self.end_ids = end_ids(self.tokenizer, own)
-        self.context_length = self._state()["context"]
         self._lock = threading.Lock()
         self.load_s = time.perf_counter() - start
 
@@ -106,10 +108,22 @@ class LlamaCppEngine:
         with self._lock:
             if key not in self._pinned:
                 merged = pinned_file(self.base.gguf, adapter, self._cache_dir)
-                process = EngineProcess(merged.path, name=f"base+{adapter.name}").start()
-                self._pinned[key] = adapter.name, process
+                self._pinned[key] = adapter.name, self._process(merged.path, f"base+{adapter.name}")
             self._holders[key] += 1
         return key
+
+    def _process(self, file: Path, name: str) -> EngineProcess:
+        return EngineProcess(file, name=name, context=min(CONTEXT, self.context_length)).start()
+
+    def _make_room(self, key: str | None, tokens: int) -> None:
+        """Have contexts of `tokens` at least, by a second child where they are smaller."""
+        process = self._pinned[key][1] if key in self._pinned else self.process
+        with self._lock:
+            context = process.context or CONTEXT
+            while context < tokens:
+                context *= 2
+            if context != process.context:
+                process.set_adapters(process.adapters, min(context, self.context_length))
 
     @contextmanager
     def _client(self, key: str | None) -> Iterator[tuple[httpx.Client, str | None]]:
@@ -121,17 +135,12 @@ class LlamaCppEngine:
             with httpx.Client(base_url=process.url, **how, **SEVERABLE) as client:
                 yield client, key if process is self.process else None
         except httpx.HTTPError as error:
-            process.start()  # which tells why it is gone, if it stays gone
-            raise ModelError("engine_lost", reason=str(error) or type(error).__name__) from error
+            raise process.lost(error) from error
 
     def _post(self, route: str, key: str | None, **body: Any) -> dict[str, Any]:
         with self._client(key) as (client, adapter):
             reply = client.post(route, json={"adapter": adapter, **body})
         return _checked(reply)
-
-    def _state(self) -> dict[str, Any]:
-        with self._client(None) as (client, _):
-            return _checked(client.get("/engine/state"))
 
     def stream(
         self, ids: Sequence[int], adapter: str | None, options: GenerationOptions, state: Generation
@@ -144,6 +153,7 @@ class LlamaCppEngine:
         if len(ids) + options.max_new_tokens > limit:
             raise ModelError("prompt_too_long", tokens=len(ids), new=options.max_new_tokens, limit=limit)
         start = time.perf_counter()
+        self._make_room(adapter, options.num_ctx or len(ids) + options.max_new_tokens)
         try:
             with self._client(adapter) as (client, name):
                 body: dict[str, Any] = {"ids": list(ids), "adapter": name, "cache": state.cache}
@@ -158,6 +168,7 @@ class LlamaCppEngine:
                             raise ModelError("engine_said", reason=part["error"])
                         if "done_reason" in part:
                             state.output_tokens, state.finish_reason = part["eval_count"], part["done_reason"]
+                            state.cached = part["cached"]
                             return
                         state.output_tokens += part["tokens"]
                         if state.first_token_s is None:

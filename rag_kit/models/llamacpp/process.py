@@ -102,21 +102,27 @@ class EngineProcess:
                     raise
         return self
 
-    def set_adapters(self, adapters: Mapping[str, Path]) -> None:
+    def set_adapters(self, adapters: Mapping[str, Path], context: int | None = None) -> None:
         """Serve these adapters and no others from now on; running requests end where they began.
 
+        `context` is how many tokens a context holds from now on (None: as many as before).
         What is asked after the return is answered by a child that has them. Raises ModelError that tells
         why it could not be, and leaves all as it was.
         """
         if os.getpid() != self._owner:
             return
         with self._lock:
-            self._check(adapters)
-            old = self._child
-            if old is not None and old.alive and self.adapters != adapters:
-                self._child = self._spawn(adapters)
-                self._draining.add(old)
-                old.drain()
+            before, self.context = self.context, context or self.context
+            try:
+                self._check(adapters)
+                old = self._child
+                if old is not None and old.alive and (self.adapters, before) != (adapters, self.context):
+                    self._child = self._spawn(adapters)
+                    self._draining.add(old)
+                    old.drain()
+            except BaseException:
+                self.context = before
+                raise
             self.adapters = dict(adapters)
 
     def lost(self, error: Exception) -> ModelError:
