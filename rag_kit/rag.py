@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rag_kit.answer import Answer, stream_answer
-from rag_kit.data.language import detect_language
+from rag_kit.data.language import detect_language, is_greeting
 from rag_kit.embedded import BASE
 from rag_kit.errors import ModelError, RagKitError, message
 from rag_kit.models.adapters import adapter_folders
@@ -35,32 +34,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rag_kit.rag")
 
 TOP_K = 4
-_GREETING = re.compile(
-    r"(hi( there)?|hello|hey|good (morning|afternoon|evening)|"
-    r"你好[吗呀啊]?|您好|嗨|哈喽|早上好|下午好|晚上好)?\W*"
-    r"((please |can you |could you )*(introduce yourself|tell me about yourself|who are you|what can you do)|"
-    r"(请|能|可以)*(简单|简短)?地?(用一句话)?介绍(一下|下)?(你|您)?自己|(你|您)(是谁|叫什么(名字)?|能做什么))?(吗|吧)?",
-    re.IGNORECASE,
-)
-
-
-def is_greeting(text: str) -> bool:
-    """Whether `text` is nothing but a greeting or a request to introduce oneself."""
-    words = re.sub(r"^\W+|\W+$", "", text)
-    return bool(words) and bool(_GREETING.fullmatch(words))
 
 
 class RAGHandler:
     """Answers questions from the index with OLLAMA_MODEL: the guide's original service.
 
     `store` and `settings` come from the environment where they are not given. Without an index it
-    answers without sources, and every answer says so.
+    answers without sources, and every answer says so. An adapter that the doctor refuses answers only with
+    `force_adapters`, and then every answer says so.
     """
 
-    def __init__(self, settings: Settings | None = None, *, store: FaissStore | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        store: FaissStore | None = None,
+        force_adapters: bool = False,
+    ) -> None:
         from rag_kit.settings import get_settings
 
-        self.settings = settings or get_settings()
+        self.settings, self._forced = settings or get_settings(), force_adapters
+        self._admitted: dict[str, tuple[str, ...]] = {}
         self._store = store
         self._models: dict[str, BaseChatModel] = {}
         self._lock = threading.Lock()
@@ -88,7 +82,7 @@ class RAGHandler:
         with self._lock:
             if reference not in self._models:
                 # one person's next question often has the same passages
-                how = {"keep_prompt": True} if is_local(reference) else {}
+                how = {"keep_prompt": True, "forced": self._forced} if is_local(reference) else {}
                 self._models[reference] = load_model(reference, self.settings, **how)
             return self._models[reference]
 
@@ -106,7 +100,20 @@ class RAGHandler:
         model = self.model(reference)
         if hasattr(model, "load"):
             model.load()
+        self._notes(reference)
         return time.perf_counter() - start
+
+    def _notes(self, reference: str) -> tuple[str, ...]:
+        """Return what is to be said of an adapter that answers by force; raises for a refused one."""
+        if not reference.startswith("lora"):
+            return ()
+        from rag_kit.models.doctor import admit
+
+        model: Any = self.model(reference)
+        key = model.adapter().key  # another one, once the adapter is trained anew
+        if key not in self._admitted:
+            self._admitted[key] = admit(reference, self.settings, forced=self._forced, model=model)
+        return self._admitted[key]
 
     def retrieve(self, question: str, top_k: int = TOP_K) -> list[Hit]:
         """Return the best `top_k` chunks for `question`; raises StoreError."""
@@ -142,9 +149,8 @@ class RAGHandler:
             try:
                 hits = self.retrieve(question, top_k)
             except RagKitError as error:
-                degraded.append(
-                    message("degraded_no_sources", lang=language, reason=" ".join(error.text(language)))
-                )
+                reason = " ".join(error.text(language))
+                degraded.append(message("degraded_no_sources", lang=language, reason=reason))
         retrieval_s = time.perf_counter() - start
         options = options or GenerationOptions.from_settings(self.settings)
         failures: list[RagKitError] = []
@@ -174,7 +180,8 @@ class RAGHandler:
                 told = {"url": self.settings.ollama_base_url, "wanted": reference, "used": used}
                 degraded.append(message("degraded_stand_in", lang=language, model=BASE.model, **told))
             timings = {"retrieval_s": retrieval_s, "load_s": load_s}
-            yield from self._finished(first, pieces, degraded + notes, timings, language, greeting)
+            degraded += [*self._notes(used), *notes]
+            yield from self._finished(first, pieces, degraded, timings, language, greeting)
             return
         raise failures[0]
 
@@ -197,12 +204,11 @@ class RAGHandler:
                 remark = "\n\n" + message("no_source_used", lang=language)
                 text += remark
                 yield remark
-            yield replace(
-                piece,
-                text=text,
-                timings=timings | (piece.timings or {}),
-                degraded=(*degraded, *piece.degraded),
-            )
+            told: dict[str, Any] = {
+                "timings": timings | (piece.timings or {}),
+                "degraded": (*degraded, *piece.degraded),
+            }
+            yield replace(piece, text=text, **told)
 
     def _speakable(
         self, question: str, reference: str, language: str, greeting: bool
@@ -258,13 +264,13 @@ class LoRARAGHandler(RAGHandler):
     USE_LORA_DEFAULT chooses what answers first: the default adapter, or OLLAMA_MODEL.
     """
 
-    def __init__(self, settings: Settings | None = None, *, store: FaissStore | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, **how: Any) -> None:
         from rag_kit.settings import get_settings
 
         settings = settings or get_settings()
         self._initial = "lora" if settings.use_lora_default else f"ollama:{settings.ollama_model}"
         self._switched: str | None = None
-        super().__init__(settings, store=store)
+        super().__init__(settings, **how)
 
     @property
     def reference(self) -> str:

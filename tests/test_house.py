@@ -299,7 +299,7 @@ def test_the_house_stays_small(capsys: pytest.CaptureFixture[str]) -> None:
         long = [f"{path.relative_to(ROOT)} {count}" for path, count in lines.items() if count > 300]
         sys.stdout.write(f"\nrag_kit: {sum(lines.values())} lines, {code} of them code ({told})\n")
         sys.stdout.write(f"over 300: {', '.join(long) or 'none'}\n")
-    assert code < 9000 and not long
+    assert code < 11_500 and not long
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])

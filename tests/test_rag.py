@@ -9,10 +9,11 @@ import pytest
 from langchain_core.documents import Document
 
 from rag_kit.answer import Answer, answer, citations_in, stream_answer
+from rag_kit.data.language import is_greeting
 from rag_kit.errors import AdapterNotFoundError, ModelError, ServiceError, StoreError
 from rag_kit.index.hit import Hit
 from rag_kit.models.options import GenerationOptions
-from rag_kit.rag import LoRARAGHandler, RAGHandler, is_greeting
+from rag_kit.rag import LoRARAGHandler, RAGHandler
 from rag_kit.settings import Settings
 from tests.models.conftest import (
     make_adapter,

@@ -117,7 +117,8 @@ def compare(
         models = subjects(dict.fromkeys(arm.model for arm in columns), known, options, generation_config)
 
         def load(reference: str) -> "BaseChatModel":
-            return load_model(reference, known, **models[reference].how)
+            forced = {"forced": True} if force_adapters and reference.startswith("lora") else {}
+            return load_model(reference, known, **models[reference].how, **forced)
 
     applied = {"generation_config": True} if generation_config else {}
     plan = {

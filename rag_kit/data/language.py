@@ -1,5 +1,6 @@
-"""Chinese or English: a share of characters, and which Chinese characters are common."""
+"""Chinese or English: a share of characters, which Chinese characters are common, what a greeting is."""
 
+import re
 from functools import cache
 from typing import Literal
 
@@ -30,3 +31,18 @@ def _level_1(character: str, codec: str, first: int, last: int) -> bool:
     except UnicodeEncodeError:
         return False
     return len(code) == 2 and first <= code[0] <= last
+
+
+_GREETING = re.compile(
+    r"(hi( there)?|hello|hey|good (morning|afternoon|evening)|"
+    r"你好[吗呀啊]?|您好|嗨|哈喽|早上好|下午好|晚上好)?\W*"
+    r"((please |can you |could you )*(introduce yourself|tell me about yourself|who are you|what can you do)|"
+    r"(请|能|可以)*(简单|简短)?地?(用一句话)?介绍(一下|下)?(你|您)?自己|(你|您)(是谁|叫什么(名字)?|能做什么))?(吗|吧)?",
+    re.IGNORECASE,
+)
+
+
+def is_greeting(text: str) -> bool:
+    """Whether `text` is nothing but a greeting or a request to introduce oneself."""
+    words = re.sub(r"^\W+|\W+$", "", text)
+    return bool(words) and bool(_GREETING.fullmatch(words))

@@ -145,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.add_argument("--model", help="a model reference: base, lora, lora:NAME, ollama:MODEL, …")
     ask.add_argument("--use_lora", "--use-lora", choices=("true", "false"), help="false means OLLAMA_MODEL")
+    ask.add_argument("--force", action="store_true", help="also with an adapter that the doctor refuses")
     ask.add_argument("--top_k", "--top-k", type=int, default=4, help="passages; 0 asks without sources")
 
     compare = command("compare", commands.compare, "put arms side by side over a question set")

@@ -145,7 +145,7 @@ def ask(arguments: Namespace) -> int:
     """Print the answer as it is generated, then its sources and what was degraded."""
     from rag_kit.rag import LoRARAGHandler
 
-    handler = LoRARAGHandler(start())
+    handler = LoRARAGHandler(start(), force_adapters=arguments.force)
     use_lora = None if arguments.use_lora is None else arguments.use_lora == "true"
     how = {"model": arguments.model, "use_lora": use_lora, "top_k": arguments.top_k}
     last: Any = None

@@ -68,7 +68,7 @@ def serving(
     from rag_kit.models.llamacpp.serving import serving_file
     from rag_kit.models.lora import LoRALanguageModel
 
-    model = LoRALanguageModel(settings=settings)
+    model = LoRALanguageModel(settings=settings, forced=forced)
     gguf = model.base_model.gguf
     if gguf is None:
         raise ModelError("export_no_gguf", base=model.base_model.name)

@@ -21,7 +21,8 @@ class Hyperparameters:
 
     `epochs` None: 5 for the handbook's facts, else 3. `batch_size` None: BATCH_SIZE where it is set, else
     8. `fp16` None: ENABLE_FP16, on CUDA only. `target_modules` is `all-linear` or names of layers joined by
-    commas. `max_length` is in tokens; a longer example is an error, never cut.
+    commas. `max_length` is in tokens; a longer example is an error, never cut. Every `save_steps` steps a
+    checkpoint is kept, which can be an arm: `lora:NAME/checkpoint-N`; None: no checkpoint.
     """
 
     epochs: float | None = None
@@ -39,6 +40,7 @@ class Hyperparameters:
     seed: int = 0
     fp16: bool | None = None
     gradient_checkpointing: bool = False
+    save_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

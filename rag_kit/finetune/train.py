@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from rag_kit.finetune.forecast import Forecast, make_forecast
 from rag_kit.finetune.hyperparameters import Hyperparameters
 from rag_kit.finetune.trainable import load_trainable, packing_holds
 from rag_kit.manifest import replacing, write_atomic, write_manifest
-from rag_kit.models.adapters import CONFIG, FLAT, RECIPE, Adapter, read_adapter
+from rag_kit.models.adapters import CONFIG, FLAT, RECIPE, WEIGHTS, Adapter, checkpoints, read_adapter
 from rag_kit.models.base import Base, resolve_base
 from rag_kit.models.device import Device, choose_device
 from rag_kit.models.render import end_ids
@@ -92,7 +92,7 @@ def finetune(
     training = load_training_data(data, split=split)
     found = resolve_base(base or settings.base_model_name, settings)
 
-    with _told_out_of_memory(device):
+    with ExitStack() as stack, _told_out_of_memory(device):
         model, tokenizer, dtype = load_trainable(found, device, chosen)
         examples = encode_conversations(
             tokenizer, training.conversations, end_ids(tokenizer, model.generation_config), chosen.max_length
@@ -106,14 +106,15 @@ def finetune(
         )  # fmt: skip
         _log.info("%s", forecast.text())
         start = time.perf_counter()
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="rag-kit-finetune-"))
         with closing(Progress(steps, show=progress, on_log=on_log)) as watch:
-            _train(model, tokenizer, examples, chosen, device, packed, steps, watch)
+            _train(model, tokenizer, examples, chosen, device, packed, steps, watch, scratch)
         rows, seconds = watch.history, time.perf_counter() - start
-
-    how = {**asdict(chosen), "device": device.name, "base_dtype": dtype, "packed": packed}
-    recipe = _recipe(found, training, len(examples), how, rows)
-    recipe["metrics"] |= {"seconds": round(seconds, 1), "forecast_seconds": round(forecast.seconds, 1)}
-    kept = _save(folder, model, tokenizer, found, recipe, rows)
+        how = {**asdict(chosen), "device": device.name, "base_dtype": dtype, "packed": packed}
+        recipe = _recipe(found, training, len(examples), how, rows)
+        recipe["metrics"] |= {"seconds": round(seconds, 1), "forecast_seconds": round(forecast.seconds, 1)}
+        kept = _save(folder, model, tokenizer, found, recipe, rows)
+        _save_checkpoints(folder, Path(scratch))
     name = FLAT if folder == settings.lora_model_path.absolute() else folder.name
     adapter = read_adapter(folder, name)
     return FinetuneResult(adapter, adapter.recipe or recipe, rows, seconds, forecast, kept)
@@ -141,46 +142,48 @@ def _train(
     packed: bool,
     steps: int,
     watch: Progress,
+    scratch: str,
 ) -> None:
-    """Run the Trainer; `watch` keeps the log."""
+    """Run the Trainer; `watch` keeps the log, `scratch` the checkpoints."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     batch = chosen.batch_size or 1
-    with tempfile.TemporaryDirectory(prefix="rag-kit-finetune-") as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=chosen.epochs,
-            per_device_train_batch_size=batch if packed else 1,
-            gradient_accumulation_steps=chosen.gradient_accumulation_steps * (1 if packed else batch),
-            learning_rate=chosen.learning_rate,
-            lr_scheduler_type=chosen.lr_scheduler_type,
-            warmup_steps=round(chosen.warmup_ratio * steps),
-            weight_decay=chosen.weight_decay,
-            seed=chosen.seed,
-            fp16=bool(chosen.fp16) and device.name != "cpu",
-            activation_checkpointing=chosen.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False},
-            use_cpu=device.name == "cpu",
-            dataloader_pin_memory=device.name != "cpu",
-            remove_unused_columns=False,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # a packed batch is one sequence and cannot be split
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=examples,
-            data_collator=pack,
-            processing_class=tokenizer,
-            callbacks=[watch],
-        )
-        trainer.remove_callback(PrinterCallback)
-        set_seed(chosen.seed)  # the forecast drew random numbers
-        trainer.train()
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        num_train_epochs=chosen.epochs,
+        per_device_train_batch_size=batch if packed else 1,
+        gradient_accumulation_steps=chosen.gradient_accumulation_steps * (1 if packed else batch),
+        learning_rate=chosen.learning_rate,
+        lr_scheduler_type=chosen.lr_scheduler_type,
+        warmup_steps=round(chosen.warmup_ratio * steps),
+        weight_decay=chosen.weight_decay,
+        seed=chosen.seed,
+        fp16=bool(chosen.fp16) and device.name != "cpu",
+        activation_checkpointing=chosen.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=device.name == "cpu",
+        dataloader_pin_memory=device.name != "cpu",
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if chosen.save_steps else "no",
+        save_steps=chosen.save_steps or steps,
+        save_only_model=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a packed batch is one sequence and cannot be split
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=pack,
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    set_seed(chosen.seed)  # the forecast drew random numbers
+    trainer.train()
 
 
 def _save(
@@ -198,6 +201,16 @@ def _save(
         write_atomic(building / LOG, "".join(json.dumps(row) + "\n" for row in rows))
         write_manifest(building, recipe, name=RECIPE)
     return kept
+
+
+def _save_checkpoints(folder: Path, scratch: Path) -> None:
+    """Put this training's checkpoints below its adapter, and take an earlier training's away."""
+    for old in checkpoints(folder):
+        shutil.rmtree(old)
+    for made in checkpoints(scratch):
+        with _told_unwritable(folder), replacing(folder / made.name) as building:
+            shutil.copyfile(folder / CONFIG, building / CONFIG)
+            shutil.copyfile(made / WEIGHTS, building / WEIGHTS)
 
 
 def _recipe(

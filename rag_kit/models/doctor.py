@@ -194,6 +194,8 @@ def _base(case: Case) -> Problems:
     if not (case.recipe.get("base") or {}).get("fingerprint"):
         yield "warning", "doctor_base_unknown", {}
     case.adapter.check_base(case.model.base_model)
+    if case.model.base_model.changed_since(case.recipe.get("base") or {}):
+        yield "error", "doctor_base_changed", {}
 
 
 def _template(case: Case) -> Problems:

@@ -49,8 +49,7 @@ class Generation:
 class Engine(Protocol):
     """One base in memory with any number of adapters; `dtype` is the number or block type of its weights.
 
-    `own_generation_config` is what the base's maker suggests, shown and never applied unasked; `end_ids` end
-    an answer, and nothing does where they are taken away.
+    `end_ids` end an answer, and nothing does where they are taken away.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Engine(Protocol):
     end_ids: tuple[int, ...]
     context_length: int
     load_s: float
-    own_generation_config: dict[str, Any]
 
     @property
     def dtype(self) -> str:

@@ -92,7 +92,7 @@ def export_adapter(
     the server is then as it was.
     """
     say, url = progress or (lambda _: None), settings.ollama_base_url
-    model = LoRALanguageModel(model=reference, settings=settings)
+    model = LoRALanguageModel(model=reference, settings=settings, forced=forced)
     adapter, base = model.adapter(), model.base_model
     if adapter is None or base.gguf is None:
         raise ModelError("export_no_adapter" if adapter is None else "export_no_gguf", base=base.name)

@@ -67,9 +67,10 @@ class LoRALanguageModel(BaseChatModel):
     """A local base model with its LoRA adapters.
 
     `engine` is `llama.cpp`, `transformers` or `auto`. A `pinned` adapter is merged for llama.cpp and answers
-    at the base's speed; `keep_prompt` lets llama.cpp go on from the part of a prompt that it still holds. Values
-    left None come from the settings. Raises ModelError for an unknown reference, an adapter of
-    another base, or a prompt that does not fit; AdapterNotFoundError where there is no adapter.
+    at the base's speed; `keep_prompt` lets llama.cpp go on from the part of a prompt that it still holds;
+    `forced` takes an adapter of another base too, where its tensors fit. Values left None come from the
+    settings. Raises ModelError for an unknown reference, an adapter of another base, or a prompt that does
+    not fit; AdapterNotFoundError where there is no adapter.
     """
 
     model: str = "lora"
@@ -77,6 +78,7 @@ class LoRALanguageModel(BaseChatModel):
     engine: EngineName | None = None
     pinned: bool = False
     keep_prompt: bool = False
+    forced: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -142,7 +144,8 @@ class LoRALanguageModel(BaseChatModel):
         if kind != "lora":
             raise ModelError("reference_not_local", reference=reference)
         found = named_adapter(name, self.settings) if name else default_adapter(self.settings)
-        found.check_base(self.base_model)
+        if not self.forced:
+            found.check_base(self.base_model)
         return found
 
     def holding(self, reference: str | None = None) -> AbstractContextManager[str | None]:
@@ -155,16 +158,6 @@ class LoRALanguageModel(BaseChatModel):
         """Bring the base and the adapter into memory; return the engine's key of the adapter."""
         with self.holding(reference) as key:
             return key
-
-    def check_effect(self, reference: str | None = None) -> float:
-        """Return how far the adapter moves the next token's distribution (KL, nats); 0 for `base`.
-
-        Raises ModelError for an adapter that moves no more than noise does: it may not be compared.
-        """
-        from rag_kit.models.doctor import probe
-
-        adapter = self.adapter(reference)
-        return 0.0 if adapter is None else probe(self, adapter)[0]
 
     def render(self, messages: list[BaseMessage], think: bool | None = None) -> Rendered:
         """Return the token ids that `messages` become for this base; it thinks only where it is told to."""

@@ -63,7 +63,6 @@ class TransformersEngine:
         if device.quantization is None:  # quantised weights are placed as they are loaded
             self._model.to(device.name)
         self._model.eval().requires_grad_(False)
-        self.own_generation_config: dict[str, Any] = self._model.generation_config.to_diff_dict()
         self.end_ids = end_ids(self.tokenizer, self._model.generation_config)
         self._model.generation_config = GenerationConfig()
         self.context_length = int(self._model.config.max_position_embeddings)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rag_kit.errors import DataError, ModelError, StoreError
 from rag_kit.finetune import FinetuneResult, Hyperparameters, finetune
 from rag_kit.finetune.train import _steps, check_output
 from rag_kit.manifest import read_manifest, sha256
-from rag_kit.models.adapters import find_adapters
+from rag_kit.models.adapters import find_adapters, named_adapter
 from rag_kit.models.base import Base
 from rag_kit.settings import Settings
 from tests.finetune.conftest import FACTS, write_lines
@@ -314,3 +315,16 @@ def test_batch_size_in_an_env_file_decides_the_steps(tmp_path: Path) -> None:
         chosen = Hyperparameters().decided(Settings.load(tmp_path), handbook=True)
         steps.append(_steps(80, chosen))
     assert steps == [200, 50]
+
+
+def test_checkpoints_of_a_training_can_be_arms(project: Settings, facts: Path) -> None:
+    result = few(project, facts, hyperparameters=replace(FEW, save_steps=2))
+    found = sorted(name for name in find_adapters(project.lora_model_path) if "checkpoint" in name)
+    assert found and len(result.losses) // 2 == len(found)
+    adapter = named_adapter(found[0], project)
+    assert adapter.recipe and adapter.recipe["base"] == result.recipe["base"]
+    assert sha256(adapter.folder / "adapter_model.safetensors") != sha256(
+        result.folder / "adapter_model.safetensors"
+    )
+    few(project, facts)  # which keeps none
+    assert not [name for name in find_adapters(project.lora_model_path) if "checkpoint" in name]

@@ -209,20 +209,3 @@ def test_one_base_stays_in_memory_and_another_goes_with_its_last_model(tmp_path,
 
 def test_models_share_the_base(model, twin_engine):
     assert model.backend is twin_engine
-
-
-def test_an_adapter_is_shown_to_have_an_effect(model, tmp_path, twin, make_adapter):
-    from safetensors.torch import load_file, save_file
-
-    assert model.check_effect() > 0.1 and model.check_effect("base") == 0
-    settings = Settings.load(tmp_path, base_model_name=str(twin.folder))
-    folder = make_adapter(settings.lora_model_path / "无", zero=True)
-    fresh = LoRALanguageModel(settings=settings)
-    with pytest.raises(ModelError) as caught:
-        fresh.check_effect()
-    says(caught.value, "无", "0.0", en="no usable effect", zh="没有可用的作用")
-    file = folder / "adapter_model.safetensors"
-    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ModelError) as caught:
-        fresh.check_effect()
-    says(caught.value, "nan")

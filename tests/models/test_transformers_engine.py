@@ -14,7 +14,7 @@ from rag_kit.models.adapters import read_adapter
 from rag_kit.models.base import Base
 from rag_kit.models.device import choose_device
 from rag_kit.models.engine import Generation
-from rag_kit.models.options import GenerationOptions
+from rag_kit.models.options import GenerationOptions, generation_config
 from rag_kit.models.render import render
 from rag_kit.models.transformers_engine import TransformersEngine
 from tests.models.texts import effect, says
@@ -102,8 +102,8 @@ def test_the_narrowest_choice_is_greedy(engine, ids, option):
     assert tokens(engine, ids, options=replace(SAMPLED, **option)) == tokens(engine, ids)
 
 
-def test_the_bases_own_sampling_is_shown_and_not_applied(engine, ids):
-    own = engine.own_generation_config
+def test_the_bases_own_sampling_is_known_and_not_applied(engine, ids):
+    own = generation_config(engine.base.folder)
     assert own["repetition_penalty"] == 1.1 and own["top_k"] == 20 and own["top_p"] == 0.8
     explicit = replace(GREEDY, repetition_penalty=1.0, top_k=0)
     assert tokens(engine, ids) == tokens(engine, ids, options=explicit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from rag_kit.models.engine import Generation
     from rag_kit.models.options import GenerationOptions
 
+logger = logging.getLogger("rag_kit.models")
+
 READ_S = 300.0  # a long prompt on a slow machine
 PINNED = "pinned:"
 CONTEXT = 4096  # tokens at first: each adapter's cache takes the memory of a whole context
@@ -53,16 +56,14 @@ class LlamaCppEngine:
         assert base.gguf is not None
         start = time.perf_counter()
         self.base, self.reason, self._cache_dir = base, reason, cache_dir
-        self.serving = serving_file(base.gguf, cache_dir)
+        self.serving = serving_file(base.gguf, cache_dir, logger.info)
         self.context_length = int(read_gguf(self.serving.path).sized("context_length", CONTEXT))
         self.process = self._process(self.serving.path, "base")
         self._pinned: dict[str, tuple[str, EngineProcess]] = {}
         self._holders: Counter[str] = Counter()
         finalize(self, _stop, self.process, self._pinned)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
-        own = GenerationConfig.from_pretrained(base.folder)
-        self.own_generation_config: dict[str, Any] = own.to_diff_dict()
-        self.end_ids = end_ids(self.tokenizer, own)
+        self.end_ids = end_ids(self.tokenizer, GenerationConfig.from_pretrained(base.folder))
         self._lock = threading.Lock()
         self.load_s = time.perf_counter() - start
 
@@ -107,7 +108,7 @@ class LlamaCppEngine:
         key = PINNED + adapter.key
         with self._lock:
             if key not in self._pinned:
-                merged = pinned_file(self.base.gguf, adapter, self._cache_dir)
+                merged = pinned_file(self.base.gguf, adapter, self._cache_dir, logger.info)
                 self._pinned[key] = adapter.name, self._process(merged.path, f"base+{adapter.name}")
             self._holders[key] += 1
         return key

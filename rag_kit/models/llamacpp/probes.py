@@ -50,7 +50,7 @@ class Served:
         try:
             reply = self.client.post(f"/engine/{route}", json=body)
         except httpx.HTTPError as error:
-            raise ModelError("engine_lost", reason=error) from error
+            raise self.process.lost(error) from error
         lines = [json.loads(line) for line in reply.text.splitlines()]
         if "error" in lines[-1]:
             raise ModelError("engine_said", reason=lines[-1]["error"])

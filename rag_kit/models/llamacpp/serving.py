@@ -133,10 +133,7 @@ def _choice(gguf: Gguf, folder: Path) -> Record:
                 texts, prompt = probes(engine, gguf)
             found = rows(engine, texts)
             reference = reference or found
-            table[kind] = _row(path, divergence(reference, found)) | {
-                "kind": kind,
-                "shipped": kind == shipped,
-            }
+            table[kind] = _row(kind, path, divergence(reference, found)) | {"shipped": kind == shipped}
         times: dict[str, list[dict[str, float]]] = {kind: [] for kind in files}
         for turn in range(TURNS):  # one after the other, so that what disturbs does so alike
             for kind, engine in engines.items():
@@ -168,15 +165,15 @@ def _merged(gguf: Gguf, adapter: Adapter, first: str, folder: Path, cache_dir: P
             files[kind] = rewrite(files[ORIGINAL], folder / f"{kind}.gguf", kind)
         with served(files[kind]) as engine:
             apart = divergence(reference, rows(engine, texts))
-        table.append(_row(files[kind], apart) | {"kind": kind})
+        table.append(_row(kind, files[kind], apart))
         if table[-1]["faithful"]:
             break
     return _record(files, kind, table, start, source) | {"beside": asdict(beside)}
 
 
-def _row(path: Path, apart: Divergence) -> Record:
+def _row(kind: str, path: Path, apart: Divergence) -> Record:
     faithful = apart.kl <= KL and apart.argmax >= ARGMAX
-    return {"bytes": path.stat().st_size, **asdict(apart), "faithful": faithful}
+    return {"kind": kind, "bytes": path.stat().st_size, **asdict(apart), "faithful": faithful}
 
 
 def _record(files: dict[str, Path], best: str, table: list[Record], start: float, source: Path) -> Record:

@@ -54,7 +54,9 @@ class Sampling(BaseModel):
         room = limit - tokens
         new = min(self.num_predict, room) if self.num_predict > 0 else room
         stop = [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text]
-        return {**self.model_dump(exclude={"num_predict", "num_ctx"}), "stop": stop, "n_predict": new}
+        looked_at = {} if self.repeat_last_n >= 0 else {"repeat_last_n": context}  # -1 is the whole of it
+        sent = self.model_dump(exclude={"num_predict", "num_ctx"})
+        return {**sent, **looked_at, "stop": stop, "n_predict": new}
 
 
 class Message(BaseModel):
