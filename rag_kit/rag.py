@@ -204,11 +204,8 @@ class RAGHandler:
                 remark = "\n\n" + message("no_source_used", lang=language)
                 text += remark
                 yield remark
-            told: dict[str, Any] = {
-                "timings": timings | (piece.timings or {}),
-                "degraded": (*degraded, *piece.degraded),
-            }
-            yield replace(piece, text=text, **told)
+            every = (*degraded, *piece.degraded)
+            yield replace(piece, text=text, timings=timings | (piece.timings or {}), degraded=every)
 
     def _speakable(
         self, question: str, reference: str, language: str, greeting: bool

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HERE = "rag_kit.ops.bench_engines"
 READ_BYTES = 256 << 20
 ADAPTERS = 8  # of which requests come in turn
-CHARACTERS = 2450  # of passages: with system text and question some 640 tokens of SmolLM2
+CHARACTERS = 2130  # of passages: with system text and question some 640 tokens of SmolLM2
 OURS, OTHER = "llama.cpp", "transformers"
 # What is compared, and in which of a side's numbers: all warm, but for the memory.
 ALIKE = {
@@ -54,8 +54,14 @@ def plan(settings: Settings, quick: bool, repeats: int | None, threads: int) -> 
     names = (name for name in type(settings).model_fields if settings.origin(name) == "argument")
     given = {name: str(settings.raw(name)) for name in names}
     place = {"root": str(settings.root), "given": given}
-    base, notes = resolve_base(settings.base_model_name, settings), []
-    served = base.gguf
+    notes: list[str] = []
+    served: Path | None = None
+    try:
+        base = resolve_base(settings.base_model_name, settings)
+        served = base.gguf
+        notes += [] if served else [choose_engine(base, settings)[1]]
+    except RagKitError as error:
+        notes.append(error.message)
 
     def arm(name: str, reference: str, engine: str = OTHER, **how: Any) -> Side:
         return Side(name, f"{HERE}:arm", {"reference": reference, "how": {"engine": engine, **how}, **place})
@@ -74,8 +80,6 @@ def plan(settings: Settings, quick: bool, repeats: int | None, threads: int) -> 
         sides = [*(fast if served else []), *peft, *sides]
     except RagKitError as error:
         notes.append(message("bench_no_adapter", reason=error.message))
-    if not served:
-        notes.append(choose_engine(base, settings)[1])
     state, reason = probe(settings.ollama_base_url)
     if state == "running":
         sides.append(arm("ollama", f"ollama:{settings.ollama_model}"))

@@ -143,7 +143,7 @@ def test_questions_without_a_place_are_counted(project: Path) -> None:
 
 
 def test_setup_prepares_what_the_profile_names(project: Path) -> None:
-    assert rag_kit(project, "setup").stdout.count("Ready: ") == 2
+    assert rag_kit(project, "setup").stdout.count("Ready: ") == 3
     (project / ".env").write_text("RAG_KIT_PROFILE=guide\n", encoding="utf-8")
     assert rag_kit(project, "setup").stdout.count("Ready: ") == 0
 

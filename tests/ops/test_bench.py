@@ -1,5 +1,7 @@
 """Benchmarks: the arithmetic by hand, the frame with toys in real processes, the arms of `engines`."""
 
+# ruff: noqa: F401, F811  (fixtures of the models' tests)
+
 import json
 import statistics
 from pathlib import Path
@@ -9,11 +11,13 @@ import pytest
 
 from rag_kit.errors import DataError
 from rag_kit.faces.cli import main
+from rag_kit.models.base import Base
 from rag_kit.ops import bench as room
 from rag_kit.ops import bench_engines
 from rag_kit.ops.bench import BenchResult, bench
-from rag_kit.ops.measure import Side, SideFailed, Worker, p95, ratio, samples, take_turns
+from rag_kit.ops.measure import Side, SideFailed, Worker, more_ms, p95, ratio, samples, take_turns
 from rag_kit.settings import Settings
+from tests.models.conftest import MakeAdapter, make_adapter, smol, twin
 from tests.ops import sides
 from tests.servers import closed_port, ollama, scripted
 from tests.twin import qwen_twin
@@ -151,34 +155,46 @@ def test_memory_is_that_of_a_process_and_its_children() -> None:
 # --- engines
 
 
-def test_without_adapter_and_ollama_their_arms_are_left_out_and_it_says_so(tmp_path: Path) -> None:
+def test_without_base_adapter_and_ollama_their_arms_are_left_out_and_it_says_so(tmp_path: Path) -> None:
     with closed_port() as url:
-        settings = Settings.load(tmp_path, rag_kit_profile="guide", ollama_base_url=url)
+        settings = Settings.load(tmp_path, base_model_name="没有", ollama_base_url=url)
         plan = bench_engines.plan(settings, True, None, 1)
-    assert [side.name for side in plan.sides] == ["base", "retrieval"]
-    assert plan.notes[0].startswith("No arm with an adapter: LoRA adapter not found")
-    assert plan.notes[1] == f"No arm of Ollama: what is at {url} cannot be asked (connection refused)."
-    assert all(isinstance(reason, str) for reason in plan.ratios.values())
-    assert "GB/s (threads: 1)" in plan.about and "llama.cpp" not in plan.about
+    assert [side.name for side in plan.sides] == ["base transformers", "retrieval"]
+    assert "没有" in plan.notes[0]
+    assert plan.notes[1].startswith("No arm with an adapter: LoRA adapter not found")
+    assert plan.notes[2] == f"No arm of Ollama: what is at {url} cannot be asked (connection refused)."
+    assert "GB/s (threads: 1)" in plan.about and "serves" not in plan.about
     assert len({json.dumps(request) for request in plan.requests}) == len(plan.requests) == 4
-    assert plan.sides[0].arguments["given"] == {"rag_kit_profile": "guide", "ollama_base_url": url}
+    assert plan.sides[0].arguments["given"] == {"base_model_name": "没有", "ollama_base_url": url}
 
 
-def test_with_the_stand_in_the_same_base_is_compared(tmp_path: Path) -> None:
+def test_with_a_gguf_and_an_adapter_both_engines_are_measured(
+    tmp_path: Path, make_adapter: MakeAdapter, smol: Base
+) -> None:
+    make_adapter(tmp_path / "lora_adapters" / "红", smol)
     with closed_port() as url:
         settings = Settings.load(tmp_path, ollama_base_url=url)
         plan = bench_engines.plan(settings, False, 2, 1)
-    assert [side.name for side in plan.sides] == ["ollama:stand-in", "base", "retrieval"]
-    assert plan.ratios["base_decode_vs_transformers"] == (
-        ("ollama:stand-in", "token_s", "warm"),
-        ("base", "token_s", "warm"),
+    names = {side.name for side in plan.sides}
+    measured = {
+        side for pair in plan.ratios.values() for side, *_ in (one for one in pair if isinstance(one, tuple))
+    }
+    assert measured == names - {"retrieval"}
+    assert plan.ratios["decode_vs_peft"] == (
+        ("lora llama.cpp", "token_s", "warm"),
+        ("lora transformers", "token_s", "warm"),
     )
     ours, floor = plan.ratios["roofline_share"]
-    assert ours == ("ollama:stand-in", "token_s", "warm") and isinstance(floor, list)
+    assert ours == ("base llama.cpp", "token_s", "warm") and isinstance(floor, list)
     assert f"at most {1 / statistics.median(floor):.0f} tokens/s" in plan.about
-    assert plan.ratios["decode_vs_peft"] == "llama.cpp does not serve adapters yet"
-    assert set(bench_engines.LATER) | {"roofline_share"} <= plan.ratios.keys()
-    assert (len(plan.requests), plan.cold, len(plan.requests[0]["passages"])) == (3, 3, 4)
+    designed = {"decode_vs_peft", "decode_pinned_vs_peft", "adapter_vs_base_decode", "answer_cold_vs_peft"}
+    designed |= {"answer_pinned_cold_vs_peft", "answer_warm_vs_peft", "switch_ms", "adapters_memory_ratio"}
+    assert designed | {"roofline_share"} <= plan.ratios.keys()
+    assert (len(plan.requests), plan.cold) == (3, 3)
+
+
+def test_a_difference_is_told_in_milliseconds() -> None:
+    assert more_ms(ours=[0.003, 0.004, 9], other=[0.001, 0.002, 9]) == pytest.approx(2)
 
 
 def test_arms_answer_in_processes_of_their_own(tmp_path: Path) -> None:
@@ -188,7 +204,10 @@ def test_arms_answer_in_processes_of_their_own(tmp_path: Path) -> None:
         given = {"base_model_name": str(qwen_twin()), "ollama_base_url": wire.url, "ollama_model": "tiny"}
         place = {"root": str(tmp_path), "given": given}
         names = ("base", "ollama:tiny")
-        arms = [Side(name, f"{bench_engines.HERE}:arm", {"reference": name} | place) for name in names]
+        how = {"engine": "transformers"}
+        arms = [
+            Side(name, f"{bench_engines.HERE}:arm", {"reference": name, "how": how} | place) for name in names
+        ]
         rows = take_turns(arms, [request, request], cold=1, threads=1)
         (sent, _) = wire.sent("/api/chat")
     local, served = rows[2:]
