@@ -2,6 +2,7 @@
 
 import warnings
 
+import matplotlib as mpl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,6 @@ TITLE = "准确率：lora:蓝 − 基础模型 «naïve» 🙂"
 
 @pytest.fixture(params=["as it is", "without a Chinese font"])
 def machine(request, monkeypatch):
-    import matplotlib as mpl
-
     if request.param != "as it is":
         monkeypatch.setattr(plots, "chinese_font", lambda: None)
     with mpl.rc_context():
@@ -43,7 +42,8 @@ def test_what_is_shown_where_no_font_has_it(monkeypatch):
     monkeypatch.setattr(plots, "chinese_font", lambda: None)
     assert plots.legible("lora:蓝 +0.5") == "lora:Lan +0.5"
     assert plots.legible("F1 − base") == "F1 − base"
-    assert drawn("蓝") != []  # so the check above can fail
+    with mpl.rc_context({"font.family": ["DejaVu Sans"]}):  # whatever a test before has chosen
+        assert drawn("蓝") != []  # so the check above can fail
 
 
 def test_with_a_font_chinese_stays_chinese():
